@@ -1,0 +1,375 @@
+"""Every knob of the project: strict dataclasses, presets on one screen, JSON in and out, CLI flags.
+
+Standard library only, so that `--help` of any script is instant. Nothing here knows of torch.
+`python config.py` prints the parameter count of every preset.
+
+    from config import model_preset, CodecConfig
+    cfg = model_preset("nano", dropout=0.1)
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MOODS = ("neutral", "happy", "excited", "sad", "angry", "calm", "worried", "surprised")
+# Symbols of the phone alphabet (Misaki's American English); "_" is silence. Stress marks are not phones.
+PHONES = "_AIOTWYbdfhijklmnpstuvwzæðŋɐɑɔəɛɜɡɪɹɾʃʊʌʒʤʧʔθᵊᵻ"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------- codec
+
+@dataclass
+class CodecConfig:
+    """The speech codec: audio (B, 1, N) at `sample_rate` <-> codes (B, K, T) at `frame_rate`."""
+    sample_rate: int = 24000          # Hz
+    frame_size: int = 1920            # samples per code frame; 24000 / 1920 = 12.5 Hz
+    slots: int = 4                    # encoder sub-frames (phone labels) per frame: 20 ms each
+    num_codebooks: int = 32
+    num_semantic: int = 10            # codebooks 1..num_semantic carry the words
+    codebook_size: int = 1024
+    codebook_dim: int = 32            # width of the space in which codes are chosen
+    num_mels: int = 80
+    num_low_bins: int = 96            # fine linear bins below 1125 Hz: pitch is read from these
+    width: int = 256                  # encoder and decoder at the slot rate
+    latent: int = 320                 # width at the frame rate
+    encoder_layers: int = 4
+    latent_layers: int = 3
+    decoder_layers: int = 6
+    synth_hop: int = 240              # samples per spectral frame of the source-filter head (10 ms)
+    synth_fft: int = 960              # its window: 40 ms
+    num_bands: int = 100              # spectral envelope points, warped in frequency
+    f0_min: float = 50.0              # Hz
+    f0_max: float = 600.0
+    phones: str = PHONES
+    teacher: str = "phone times of the synthesiser (20 ms labels), read from the quantised sum of codebooks 1..10"
+
+    def __post_init__(self):
+        _require(self.frame_size % (self.slots * self.synth_hop) == 0,
+                 f"frame_size {self.frame_size} must be a multiple of slots x synth_hop = {self.slots * self.synth_hop}: change --frame_size or --synth_hop")
+        _require(0 < self.num_semantic <= self.num_codebooks,
+                 f"num_semantic {self.num_semantic} must be 1..num_codebooks ({self.num_codebooks}): change --num_semantic")
+        _require(self.synth_fft % self.synth_hop == 0, f"synth_fft {self.synth_fft} must be a multiple of synth_hop {self.synth_hop}: change --synth_fft")
+
+    @property
+    def frame_rate(self) -> float:
+        return self.sample_rate / self.frame_size
+
+    @property
+    def slot_size(self) -> int:
+        return self.frame_size // self.slots
+
+
+# ----------------------------------------------------------------------------- model
+
+@dataclass
+class TransformerConfig:
+    """One Llama-shaped stack (backbone or depth decoder). Source: CSM_SPEC 3.1 (torchtune llama3_2)."""
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    max_positions: int = 2048
+    rope_base: float = 500000.0
+    rope_scale_factor: float = 32.0   # llama3 scaling; 1 switches it off
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    rope_old_context: int = 8192
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}: change --heads")
+        _require(self.heads % self.kv_heads == 0, f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: change --kv_heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass
+class CrossAttentionConfig:
+    """Voice-text cross-attention: voice reads single text tokens, text reads pooled prosody."""
+    enabled: bool = True
+    every: int = 3                    # a cross-attention after every n-th backbone layer
+    heads: int = 4
+    width: int = 256                  # of queries, keys and values; also of the text reader
+    reader_layers: int = 4            # local bidirectional layers over one turn's text
+    reader_kernel: int = 7
+    guided: bool = True               # a reading position (bytes already spoken) biases voice -> text attention
+    max_distance: int = 24            # learned bias for text positions within +-max_distance of the reading position
+    max_advance: int = 12             # text tokens one audio frame may consume
+    text_window: int = 256            # positions a text position sees in self-attention
+    pool_frames: int = 5              # voice frames per prosody block (0.4 s)
+    phone_head: bool = True           # auxiliary CTC on the text reader (letters to phones)
+    phones: str = PHONES
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"cross-attention width {self.width} is not a multiple of its heads {self.heads}: change --cross.heads")
+        _require(self.every > 0, f"every {self.every} must be positive: change --cross.every")
+
+
+@dataclass
+class MemoryConfig:
+    """Dual conversational memory: one semantic and one prosodic slot per finished turn."""
+    enabled: bool = True
+    every: int = 3                    # read after every n-th backbone layer
+    heads: int = 4
+    width: int = 128
+    max_slots: int = 64               # turns remembered
+    semantic_half_life: float = 16.0  # turns; initial value of a learned decay
+    prosodic_half_life: float = 4.0
+    window_turns: int = 6             # turns kept as frames; older ones live on as slots
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"memory width {self.width} is not a multiple of its heads {self.heads}: change --memory.heads")
+
+
+@dataclass
+class ModelConfig:
+    """The CSM model. Frames are (B, S, K + 1): K audio columns, then one text column (CSM_SPEC 3.3)."""
+    name: str
+    backbone: TransformerConfig
+    depth: TransformerConfig
+    num_codebooks: int = 32           # K: the first K codebooks of the codec
+    num_semantic: int = 10
+    audio_vocab: int = 1025           # V: rows per codebook: the codec's codes and the offset (CSM-1B: 2051)
+    code_offset: int = 1              # codec code c is token c + code_offset, so token 0 means end alone (CSM-1B: 0)
+    text_vocab: int = 320             # bytes and special tokens (CSM-1B: 128256)
+    tokenizer: str = "bytes"          # or the path of a tokenizer.json
+    frame_rate: float = 12.5          # Hz
+    text_head: bool = True
+    depth_fraction: float = 0.0625    # share of audio frames that train the depth decoder (1/16)
+    dropout: float = 0.0
+    cross: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    loss_weights: dict = field(default_factory=lambda: {"c0": 1.0, "depth": 1.0, "text": 0.1, "advance": 0.5, "phones": 0.3})
+
+    def __post_init__(self):
+        _require(0 < self.depth_fraction <= 1, f"depth_fraction {self.depth_fraction} must be in (0, 1]: change --depth_fraction")
+        _require(self.num_codebooks >= 2, f"num_codebooks {self.num_codebooks} must be at least 2: change --num_codebooks")
+        _require(self.depth.max_positions >= self.num_codebooks, f"depth.max_positions {self.depth.max_positions} < num_codebooks {self.num_codebooks}: raise --depth.max_positions")
+
+
+def _depth(layers, width, ffn, heads, kv_heads) -> TransformerConfig:
+    return TransformerConfig(layers, width, ffn, heads, kv_heads, max_positions=64)
+
+
+OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enabled=False), "text_head": False}
+
+MODEL_PRESETS = {
+    # laptop CPU; the shipped weights. The first 16 codebooks: 10 semantic and 6 acoustic.
+    "nano": lambda: ModelConfig("nano", TransformerConfig(8, 320, 896, 5, 5), _depth(3, 192, 768, 3, 3), num_codebooks=16, depth_fraction=0.25),
+    # seconds on a CPU, for tests
+    "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
+                                audio_vocab=65, depth_fraction=1.0, cross=CrossAttentionConfig(heads=2, width=32, reader_layers=2),
+                                memory=MemoryConfig(heads=2, width=16, max_slots=8, window_turns=2)),
+    "tiny": lambda: ModelConfig("tiny", TransformerConfig(18, 1024, 4096, 16, 4), _depth(4, 512, 2048, 8, 2)),
+    "blog": lambda: ModelConfig("blog", TransformerConfig(20, 1024, 5120, 16, 4), _depth(4, 768, 3072, 8, 2), num_codebooks=16, num_semantic=8),
+    "small": lambda: ModelConfig("small", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33)),
+    "medium": lambda: ModelConfig("medium", TransformerConfig(32, 4096, 13312, 32, 8), _depth(4, 1024, 8192, 8, 2)),
+    "large": lambda: ModelConfig("large", TransformerConfig(80, 8192, 28672, 64, 8), _depth(6, 1536, 12288, 12, 4)),
+    # Sesame's CSM-1B, exactly: our additions off
+    "csm-1b": lambda: ModelConfig("csm-1b", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33),
+                                  audio_vocab=2051, code_offset=0, text_vocab=128256, tokenizer="sesame/csm-1b", **OFF),
+}
+
+
+def model_preset(name: str, **overrides) -> ModelConfig:
+    """The preset `name` with fields replaced. Raises ValueError naming the presets that exist."""
+    if name not in MODEL_PRESETS:
+        raise ValueError(f"unknown model size {name!r}: use --model_size {'|'.join(MODEL_PRESETS)}")
+    return dataclasses.replace(MODEL_PRESETS[name](), **overrides)
+
+
+def count_parameters(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters of the CSM part (our additions not counted), by block. Source: CSM_SPEC 3.1."""
+    def stack(t: TransformerConfig) -> int:
+        attn = 2 * t.width * t.width + 2 * t.width * t.kv_heads * t.head_dim
+        return t.layers * (attn + 3 * t.width * t.ffn + 2 * t.width) + t.width
+
+    d, dd, k, v = cfg.backbone.width, cfg.depth.width, cfg.num_codebooks, cfg.audio_vocab
+    parts = {"backbone": stack(cfg.backbone), "depth": stack(cfg.depth), "text_embeddings": cfg.text_vocab * d,
+             "audio_embeddings": k * v * d, "projection": d * dd, "c0_head": d * v, "audio_head": (k - 1) * dd * v}
+    return parts | {"total": sum(parts.values())}
+
+
+# ----------------------------------------------------------------------------- sampling and training
+
+@dataclass
+class SamplingConfig:
+    """How codes are drawn. temperature 0 is greedy."""
+    temperature: float = 0.7          # first codebook
+    top_k: int = 50
+    depth_temperature: float = 0.6    # codebooks 2..K
+    depth_top_k: int = 30
+    text_temperature: float = 0.7
+    max_seconds: float = 30.0         # a turn is ended here at the latest
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(min(self.temperature, self.depth_temperature, self.text_temperature) >= 0, "temperatures must be at least 0: change --temperature")
+        _require(self.top_k >= 1 and self.depth_top_k >= 1, "top_k must be at least 1: change --top_k")
+        _require(self.max_seconds > 0, "max_seconds must be positive: change --max_seconds")
+
+
+@dataclass
+class TrainConfig:
+    """One training run of the CSM model (train.py)."""
+    model_size: str = "nano"
+    data: str = "data/synthetic"      # folder written by collect_data.py and dataset_pipeline.py
+    output: str = "checkpoints"
+    codec: str = "pretrained/codec"
+    init_from: str = ""               # weights to start from; empty: the shipped ones of this size where they exist
+    from_scratch: bool = False
+    resume: str = ""
+    max_steps: int = 100
+    batch_positions: int = 4096       # sequence positions per micro-batch (length-packed)
+    accumulate: int = 1
+    max_context_turns: int = 3        # earlier turns in a training window
+    lr: float = 2e-3
+    muon_lr: float = 0.02             # matrices of the backbone and depth decoder; 0: AdamW for all
+    min_lr_ratio: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.999                # 0 switches the averaged copy off
+    precision: str = "bf16"           # bf16 | fp32
+    compile: bool = False
+    lexicon_words: int = 64           # words per step for the letter-to-phone loss; 0: none
+    eval_every: int = 250
+    eval_batches: int = 8
+    save_every: int = 100
+    sample_every: int = -1            # audio sample; -1: only at the end
+    log_every: int = 10
+    minutes: float = 0.0              # stop (and save) after this many minutes; 0: no limit
+    seed: int = 1234
+    num_workers: int = 0
+    device: str = "auto"
+    wandb: str = "offline"            # online | offline | disabled
+
+    def __post_init__(self):
+        _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
+        _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
+        _require(self.max_steps > 0 and self.accumulate > 0, "max_steps and accumulate must be positive: change --max_steps")
+
+
+@dataclass
+class CodecTrainConfig:
+    """One training run of the codec (train_codec.py)."""
+    data: str = "data/synthetic"
+    output: str = "checkpoints/codec"
+    resume: str = ""
+    max_steps: int = 20000
+    minutes: float = 0.0
+    batch: int = 12
+    seconds: float = 1.92             # length of a training crop; a whole number of frames
+    lr: float = 1e-3
+    warmup_steps: int = 200
+    min_lr_ratio: float = 0.05
+    grad_clip: float = 1.0
+    weight_decay: float = 0.01
+    dropout_probability: float = 0.5  # quantiser dropout: share of crops decoded from fewer codebooks
+    noise_probability: float = 0.3    # share of crops whose later codes are exchanged, as a model would mis-sample them
+    ema: float = 0.99                 # codebook decay
+    precision: str = "bf16"
+    eval_every: int = 1000
+    save_every: int = 500
+    log_every: int = 20
+    seed: int = 1234
+    device: str = "auto"
+    wandb: str = "offline"
+    loss_weights: dict = field(default_factory=lambda: {"mel": 1.0, "stft": 1.0, "phones": 1.0, "f0": 1.0, "voicing": 0.5, "commit": 0.25})
+
+
+# ----------------------------------------------------------------------------- JSON and CLI
+
+def to_dict(cfg) -> dict:
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(cls, data: dict, where: str = ""):
+    """Strict inverse of to_dict: an unknown or mistyped key is a ValueError that names it."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in known:
+            raise ValueError(f"unknown key {where}{key!r} for {cls.__name__}: one of {', '.join(known)}")
+    values = {}
+    for key, value in data.items():
+        kind = hints[key]
+        values[key] = from_dict(kind, value, f"{where}{key}.") if dataclasses.is_dataclass(kind) else value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+def save_json(cfg, path) -> None:
+    Path(path).write_text(json.dumps(to_dict(cfg), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_json(cls, path):
+    try:
+        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the config {path}: {error}") from None
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, skip: tuple = (), only: tuple = ()) -> None:
+    """One `--field` per simple field of the dataclass; defaults stand in the dataclass alone."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if f.name in skip or (only and f.name not in only) or kind not in (int, float, str, bool):
+            continue
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", type=_boolean, nargs="?", const=True, default=f.default, metavar="BOOL", help=f"default {f.default}")
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=kind.__name__.upper(), help=f"default {f.default!r}")
+
+
+def from_flags(cls, args: argparse.Namespace):
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in vars(args).items() if k in names})
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that suggests the nearest flag for an unknown one and exits with 2."""
+
+    def error(self, message: str):
+        import difflib
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, [o for a in self._actions for o in a.option_strings], 1)
+            message += f" (did you mean {near[0]}?)" if near else " (see --help)"
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv=None) -> int:
+    parser = Parser(description="Print the parameter counts of all presets.")
+    parser.parse_args(argv)
+    for name in MODEL_PRESETS:
+        counts = count_parameters(model_preset(name))
+        print(f"{name:8s} {counts['total']:>15,}  " + "  ".join(f"{k} {v / 1e6:.1f}M" for k, v in counts.items() if k != "total"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
