@@ -238,7 +238,7 @@ class MetricsLog:
     def close(self) -> None:
         if self.run is not None:
             try:
-                self.run.finish(quiet=True)
+                self.run.finish()
             except Exception as error:
                 self._drop_wandb(error)
         self.run = None
