@@ -1,0 +1,162 @@
+"""Building blocks: Llama-shaped transformer parts, and causal streaming convolutions for the codec.
+
+Knows nothing of speech, text or files. State is always an argument: `cache=None` is the offline case
+of the same code. B batch, S new positions, N cached positions, D width, H heads, E head width.
+Parameter names inside a block are those of Sesame's CSM checkpoint (torchtune), see CSM_SPEC 3.7.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import TransformerConfig
+
+# ----------------------------------------------------------------------------- transformer
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis; the statistics in float32 whatever the input."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return unit.type_as(x) * self.scale
+
+
+def rope_frequencies(head_dim: int, cfg: TransformerConfig) -> Tensor:
+    """(head_dim / 2,) radians per position, llama3-scaled. Source: CSM_SPEC 3.2."""
+    freq = cfg.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = cfg.rope_old_context * freq / (2 * math.pi)      # rotations within the old context
+    smooth = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
+    return ((1 - smooth) * freq / cfg.rope_scale_factor + smooth * freq).float()
+
+
+class Rope(nn.Module):
+    """Rotary positions in the half-split layout: pair i is (x[i], x[i + E/2]), as in Hugging Face exports.
+
+    Sesame's original checkpoint pairs (2i, 2i + 1): its q and k rows are permuted on import.
+    The table is made on first use per device, so that a model built on the meta device needs no repair.
+    """
+
+    def __init__(self, head_dim: int, cfg: TransformerConfig):
+        super().__init__()
+        self.head_dim, self.cfg = head_dim, cfg
+        self._table = None
+
+    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (B, S) or (S,) -> cos, sin of (..., S, 1, E/2), float32. Raises ValueError beyond max_positions."""
+        limit = self.cfg.max_positions
+        if self._table is None or self._table.device != positions.device:
+            angles = torch.outer(torch.arange(limit, dtype=torch.float32), rope_frequencies(self.head_dim, self.cfg))
+            self._table = torch.stack([angles.cos(), angles.sin()]).to(positions.device)  # (2, limit, E/2)
+        cos, sin = self._table[:, positions].unsqueeze(-2)
+        return cos, sin
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, S, H, E) turned by the angles of its position, in float32."""
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class KVCache:
+    """Pre-allocated keys and values (B, H_kv, max, E) of one layer; `append` returns views of the filled part."""
+
+    def __init__(self, batch: int, heads: int, max_positions: int, head_dim: int, device=None, dtype=None):
+        self.k = torch.zeros(batch, heads, max_positions, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """k, v (B, H_kv, S, E) at positions start.. -> (B, H_kv, start + S, E) each."""
+        end = start + k.shape[2]
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Outputs of several bias-free Linear layers side by side; one matrix product when training.
+
+    Without gradients the weights are not copied together: for one position the copy costs more than it saves.
+    """
+    if torch.is_grad_enabled():
+        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE, no biases."""
+
+    def __init__(self, cfg: TransformerConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
+        kv = cfg.kv_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, kv, bias=False)
+        self.v_proj = nn.Linear(cfg.width, kv, bias=False)
+        self.output_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None,
+                cache: KVCache | None = None, start: int = 0) -> Tensor:
+        """x (B, S, D) -> (B, S, D). mask: None (every key is seen), "causal", or additive (B, 1, S, N)."""
+        B, S, _ = x.shape
+        turned = self.heads + self.kv_heads
+        qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, S, -1, self.head_dim)
+        qk = Rope.rotate(qkv[:, :, :turned], *rope).transpose(1, 2)              # (B, H + H_kv, S, E)
+        q, k, v = qk[:, :self.heads], qk[:, self.heads:], qkv[:, :, turned:].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v, start)
+        causal = isinstance(mask, str)
+        bias = None if causal or mask is None else mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+        return self.output_proj(y.transpose(1, 2).reshape(B, S, -1))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), no biases."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = fused_linear(x, self.w1, self.w3).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm Llama block: x + attention, then x + feed-forward."""
+
+    def __init__(self, cfg: TransformerConfig, dropout: float = 0.0):
+        super().__init__()
+        self.attn = Attention(cfg)
+        self.mlp = SwiGLU(cfg.width, cfg.ffn)
+        self.sa_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, rope, mask=None, cache: KVCache | None = None, start: int = 0) -> Tensor:
+        x = x + F.dropout(self.attn(self.sa_norm(x), rope, mask, cache, start), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and its final norm; the caller brings embeddings, rope table and mask."""
+
+    def __init__(self, cfg: TransformerConfig, dropout: float = 0.0):
+        super().__init__()
+        self.cfg = cfg
+        self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.rope = Rope(cfg.head_dim, cfg)
