@@ -42,7 +42,7 @@ class CodecConfig:
     width: int = 256                  # encoder and decoder at the slot rate
     latent: int = 320                 # width at the frame rate
     encoder_layers: int = 4
-    latent_layers: int = 3
+    latent_layers: int = 2
     decoder_layers: int = 6
     synth_hop: int = 240              # samples per spectral frame of the source-filter head (10 ms)
     synth_fft: int = 960              # its window: 40 ms

@@ -160,3 +160,53 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.rope = Rope(cfg.head_dim, cfg)
+
+
+# ----------------------------------------------------------------------------- causal streaming convolutions
+
+class CausalDepthwise(nn.Module):
+    """Depthwise convolution over time that sees only the past. Streaming state: the last kernel - 1 inputs."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.past = kernel - 1
+        self.weight = nn.Parameter(torch.randn(width, 1, kernel) / kernel ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, kernel - 1, D) or None -> (B, T, D), state."""
+        state = x.new_zeros(x.shape[0], self.past, x.shape[2]) if state is None else state
+        x = torch.cat([state, x], 1)
+        y = F.conv1d(x.transpose(1, 2), self.weight.to(x.dtype), self.bias.to(x.dtype), groups=x.shape[2])
+        return y.transpose(1, 2), x[:, x.shape[1] - self.past:]
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + scale * MLP(norm(depthwise(x))). Source: Liu et al. 2022; Vocos (Siuzdak 2023) for audio."""
+
+    def __init__(self, width: int, kernel: int, expansion: int = 2):
+        super().__init__()
+        self.mix = CausalDepthwise(width, kernel)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.3))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, state = self.mix(x, state)
+        return x + self.scale * self.down(F.gelu(self.up(self.norm(y)), approximate="tanh")), state
+
+
+class ConvStack(nn.Module):
+    """A stack of causal ConvNeXt blocks with one streaming state per block. x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, layers: int, width: int, kernel: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvNeXtBlock(width, kernel) for _ in range(layers))
+
+    def forward(self, x: Tensor, state: list | None = None) -> tuple[Tensor, list]:
+        states = state or [None] * len(self.blocks)
+        after = []
+        for block, past in zip(self.blocks, states, strict=True):
+            x, past = block(x, past)
+            after.append(past)
+        return x, after

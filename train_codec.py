@@ -1,0 +1,376 @@
+"""Train the speech codec: reconstruction, phone supervision of the semantic codebooks, pitch. One file, any size.
+
+    python train_codec.py --data data/synthetic --minutes 40
+    python train_codec.py --resume checkpoints/codec/last.pt
+    python train_codec.py --export pretrained/codec --resume checkpoints/codec/last.pt
+
+The data folder is one that collect_data.py wrote (audio per turn, phone times). Pitch is measured with WORLD.
+The excitation is driven by the measured pitch during training, so the envelopes learn from aligned harmonics;
+the pitch output itself is trained on the measured pitch directly.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
+
+GRID = 240                      # samples between label points: 10 ms
+TRUNCATIONS = (1, 2, 2, 3, 4, 6, 8, 10, 12, 16, 24)
+PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
+
+
+# ----------------------------------------------------------------------------- data
+
+def read_supervisions(data: str, split: str) -> list[dict]:
+    path = Path(data) / "manifests" / split / "supervisions.jsonl.gz"
+    if not path.exists():
+        raise ValueError(f"no manifest {path}: run python collect_data.py --output {data}")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def label_turn(job: tuple) -> tuple:
+    """One turn -> (int16 samples (N,), phones (N // GRID + 1,) uint8, f0 Hz (same) float32)."""
+    import numpy as np
+    import pyworld
+    import soundfile
+    path, alignment, alphabet = job
+    audio, _ = soundfile.read(path, dtype="float32")
+    points = len(audio) // GRID + 1
+    phones = np.zeros(points, np.uint8)
+    times = np.arange(points) * GRID / 24000
+    index = np.searchsorted(np.asarray(alignment["ends"]), times, side="right")
+    symbols = np.asarray([max(0, alphabet.find(p)) for p in alignment["phones"]] + [0], np.uint8)
+    phones[:] = symbols[np.minimum(index, len(symbols) - 1)]
+    x = audio.astype(np.float64)
+    f0, t = pyworld.dio(x, 24000, f0_floor=55, f0_ceil=580, frame_period=10.0)
+    f0 = pyworld.stonemask(x, f0, t, 24000).astype(np.float32)[:points]
+    return (audio * 32767).astype(np.int16), phones, np.pad(f0, (0, points - len(f0)))
+
+
+class CodecData:
+    """All turns of a split in memory: int16 audio, phone and pitch labels every 10 ms. Crops are drawn at random."""
+
+    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 2):
+        from tqdm import tqdm
+        turns = read_supervisions(data, split)
+        if limit_hours:
+            seconds, kept = 0.0, []
+            for turn in turns:
+                if seconds > limit_hours * 3600:
+                    break
+                seconds += turn["duration"]
+                kept.append(turn)
+            turns = kept
+        jobs = [(str(Path(data) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in turns]
+        with ProcessPoolExecutor(workers) as pool:
+            self.turns = list(tqdm(pool.map(label_turn, jobs, chunksize=8), total=len(jobs), desc=f"labels {split}", unit="turn", mininterval=5))
+        self.hours = sum(len(t[0]) for t in self.turns) / 24000 / 3600
+
+    def crop(self, rng, length: int) -> tuple:
+        """-> audio (length,) float, phones and f0 at the label points of the crop."""
+        import numpy as np
+        audio, phones, f0 = self.turns[rng.integers(len(self.turns))]
+        points = length // GRID + 4
+        start = int(rng.integers(-8, max(1, len(phones) - length // GRID + 8)))
+        take = np.arange(start, start + points)
+        inside = (take >= 0) & (take < len(phones))
+        take = take.clip(0, len(phones) - 1)
+        sample = np.zeros(length, np.float32)
+        left, right = max(0, start * GRID), min(len(audio), start * GRID + length)
+        if right > left:
+            sample[left - start * GRID:right - start * GRID] = audio[left:right].astype(np.float32) / 32767
+        return sample, np.where(inside, phones[take], 0), np.where(inside, f0[take], 0.0).astype(np.float32)
+
+    def batch(self, rng, size: int, length: int):
+        """-> audio (B, N), phones (B, P) long, f0 (B, P); P = N / 240 + 4 label points."""
+        import numpy as np
+        import torch
+        items = [self.crop(rng, length) for _ in range(size)]
+        gain = 10 ** (rng.uniform(-12, 3, (size, 1)) / 20)
+        audio = np.stack([i[0] for i in items]) * gain.astype(np.float32)
+        return (torch.from_numpy(audio).float().clamp(-1, 1), torch.from_numpy(np.stack([i[1] for i in items])).long(),
+                torch.from_numpy(np.stack([i[2] for i in items])))
+
+
+# ----------------------------------------------------------------------------- losses
+
+def make_trainer_modules(cfg: CodecConfig):
+    """The codec's training side: reader of phones, spectral losses. Built here so that inference never sees them."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from rvq_tokenizer import mel_filters
+
+    class PhoneReader(nn.Module):
+        """Phones of every 20 ms slot, read from the semantic sum (B, T, dim) with one frame of context."""
+
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Conv1d(cfg.codebook_dim, 256, 3, padding=1)
+            self.out = nn.Linear(256, cfg.slots * len(cfg.phones))
+
+        def forward(self, z):
+            h = F.gelu(self.mix(z.transpose(1, 2)).transpose(1, 2))
+            return self.out(h).view(z.shape[0], z.shape[1] * cfg.slots, -1)           # (B, S, phones)
+
+    class SpectralLoss(nn.Module):
+        """Multi-resolution log-mel and log-magnitude L1 plus spectral convergence (Yamamoto et al. 2020)."""
+
+        def __init__(self):
+            super().__init__()
+            self.ffts = (480, 1024, 2048)
+            for n in self.ffts:
+                self.register_buffer(f"window_{n}", torch.hann_window(n), persistent=False)
+                self.register_buffer(f"mel_{n}", mel_filters(n // 2 + 1, {480: 40, 1024: 80, 2048: 128}[n], cfg.sample_rate), persistent=False)
+
+        def forward(self, fake, real):
+            mel = stft = 0.0
+            for n in self.ffts:
+                window = getattr(self, f"window_{n}")
+                both = torch.stft(torch.cat([fake, real]), n, n // 4, window=window, return_complex=True).abs().clamp_min(1e-5)
+                a, b = both.chunk(2)
+                filters = getattr(self, f"mel_{n}")
+                la, lb = ((x.transpose(1, 2) @ filters + 1e-3).log() for x in (a, b))
+                mel = mel + (la - lb).abs().mean() / len(self.ffts)
+                log_magnitude = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
+                convergence = (b - a).norm(dim=(1, 2)) / b.norm(dim=(1, 2)).clamp_min(1.0)
+                stft = stft + (0.5 * log_magnitude + 0.5 * convergence.mean()) / len(self.ffts)
+            return mel, stft
+
+    return PhoneReader(), SpectralLoss()
+
+
+def quantise(codec, x, cfg: CodecTrainConfig, generator):
+    """latents (B, T, E) -> decoder input (B, T, E), commitment loss, semantic partial sums, z and codes for the EMA."""
+    import torch
+    B, T, _ = x.shape
+    sides, commit, per_level = [], 0.0, []
+    for quantizer, project in ((codec.semantic, codec.semantic_in), (codec.acoustic, codec.acoustic_in)):
+        z = project(x).float()
+        codes = quantizer.encode(z.detach(), quantizer.levels)
+        vectors = quantizer.vectors(codes)                                             # (L, B, T, d)
+        sums = vectors.cumsum(0)
+        before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
+        commit = commit + ((z[None] - before - vectors) ** 2).mean()
+        per_level.append(vectors)
+        sides.append((quantizer, z, codes, sums))
+    total = codec.cfg.num_codebooks
+    count = torch.full((B,), total)
+    short = torch.rand(B, generator=generator) < cfg.dropout_probability
+    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)]
+    count = torch.where(short, choice.clamp(max=total), count)
+    vectors = missample(torch.cat(per_level), cfg, generator)
+    keep = (torch.arange(total)[:, None] < count[None]).to(vectors.dtype)[..., None, None]
+    split = codec.cfg.num_semantic
+    semantic, acoustic = (vectors * keep)[:split].sum(0), (vectors * keep)[split:].sum(0)
+    zs, za = sides[0][1], sides[1][1]
+    semantic = zs + (semantic - zs).detach()
+    has_acoustic = (count > split).to(za.dtype)[:, None, None]
+    acoustic = (za + (acoustic - za).detach()) * has_acoustic
+    decoder_in = codec.semantic_out(semantic) + codec.acoustic_out(acoustic) * has_acoustic
+    return decoder_in, commit, sides
+
+
+def missample(vectors, cfg: CodecTrainConfig, generator):
+    """vectors (L, B, T, d): in some crops, later levels get another crop's vectors, as a language model's errors would."""
+    import torch
+    L, B, T, _ = vectors.shape
+    swap = torch.rand(B, generator=generator) < cfg.noise_probability
+    first = torch.randint(3, L, (B,), generator=generator)
+    where = (torch.rand(L, B, T, generator=generator) < 0.3) & (torch.arange(L)[:, None] >= first[None])[..., None] & swap[None, :, None]
+    return torch.where(where[..., None], vectors.roll(1, 1), vectors)
+
+
+def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generator, quantised: bool):
+    """-> dict of losses (names as in cfg.loss_weights), tensors for the codebook update, metrics."""
+    import torch
+    import torch.nn.functional as F
+    audio, phones, f0_grid = batch
+    B, N = audio.shape
+    x, _ = codec.latents(audio)
+    losses = {}
+    if quantised:
+        decoder_in, losses["commit"], sides = quantise(codec, x, cfg, generator)
+        sums, zs = sides[0][3], sides[0][1]
+        partial = [zs + (sums[min(n, len(sums)) - 1] - zs).detach() for n in PHONE_LEVELS]
+    else:
+        zs, za = codec.semantic_in(x), codec.acoustic_in(x)
+        decoder_in, sides, partial = codec.semantic_out(zs) + codec.acoustic_out(za), (zs, za), [zs]
+    slots, per_slot = N // codec.cfg.slot_size, codec.cfg.slot_size // GRID
+    target = phones[:, per_slot // 2:][:, ::per_slot][:, :slots]                       # label at the slot's centre
+    logits = reader(torch.cat(partial).float())
+    phone_losses = [F.cross_entropy(p.reshape(-1, p.shape[-1]), target.reshape(-1)) for p in logits.chunk(len(partial))]
+    losses["phones"] = sum(phone_losses) / len(phone_losses)
+    (harmonic, noise, f0, voicing), _ = codec.controls(decoder_in)
+    hops = f0.shape[1]
+    centre = codec.cfg.synth_fft // 2 // GRID
+    true_f0 = f0_grid[:, centre:centre + hops]
+    voiced = (true_f0 > 0).float()
+    losses["f0"] = 4 * ((f0.log() - true_f0.clamp_min(50).log()).abs() * voiced).sum() / voiced.sum().clamp_min(1)
+    losses["voicing"] = F.binary_cross_entropy_with_logits(voicing, voiced)
+    drive = torch.where(voiced > 0, true_f0, f0.detach())
+    state = {"tail": audio.new_zeros(B, codec.cfg.synth_fft - codec.cfg.synth_hop), "phase": None,
+             "hop": torch.randint(0, 200, (B,), generator=generator)}
+    fake, _ = codec.synth(harmonic, noise, drive, voiced, state)
+    losses["mel"], losses["stft"] = spectral(fake, audio)
+    accuracy = [(p.argmax(-1) == target).float().mean() for p in logits.chunk(len(partial))]
+    return losses, sides, {f"phones@{n}": a for n, a in zip(PHONE_LEVELS if quantised else ("z",), accuracy)}
+
+
+# ----------------------------------------------------------------------------- loop
+
+def start_codebooks(codec, data, cfg, rng) -> None:
+    """k-means over latents of the warmed-up encoder."""
+    import torch
+    codec.eval()
+    zs, za = [], []
+    with torch.no_grad():
+        for _ in range(max(4, 12000 // (cfg.batch * 24))):
+            audio, _, _ = data.batch(rng, cfg.batch, int(cfg.seconds * 24000))
+            x, _ = codec.latents(audio)
+            zs.append(codec.semantic_in(x).reshape(-1, codec.cfg.codebook_dim))
+            za.append(codec.acoustic_in(x).reshape(-1, codec.cfg.codebook_dim))
+        codec.semantic.kmeans(torch.cat(zs))
+        codec.acoustic.kmeans(torch.cat(za))
+    codec.train()
+
+
+def save_state(path: Path, codec, reader, optimizer, step: int, minutes: float, started: bool, rng, generator, cfg) -> None:
+    import dataclasses
+
+    import torch
+
+    import runtime
+    buffers = {f"{n}.{b}": getattr(getattr(codec, n), b) for n in ("semantic", "acoustic") for b in ("usage", "sums")}
+    state = {"kind": "codec", "format": 1, "config": dataclasses.asdict(codec.cfg), "codec": codec.state_dict(), "ema": buffers,
+             "reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": minutes, "started": started,
+             "rng": json.dumps(rng.bit_generator.state), "generator": generator.get_state(), "torch": torch.get_rng_state(), "train": dataclasses.asdict(cfg)}
+    runtime.atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load_state(path, codec, reader, optimizer, rng, generator) -> tuple[int, float, bool]:
+    import torch
+    try:
+        state = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}: check --resume") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a codec checkpoint ({type(error).__name__}): check --resume") from None
+    if state.get("kind") != "codec" or state.get("format") != 1:
+        raise ValueError(f"{path} is not a codec checkpoint of format 1: check --resume")
+    codec.load_state_dict(state["codec"])
+    reader.load_state_dict(state["reader"])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, value in state["ema"].items():
+        module, buffer = name.split(".")
+        getattr(getattr(codec, module), buffer).copy_(value)
+    rng.bit_generator.state = json.loads(state["rng"])
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    return state["step"], state["minutes"], state["started"]
+
+
+def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> int:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    import runtime
+    from rvq_tokenizer import Codec
+    torch.manual_seed(cfg.seed)
+    output = Path(cfg.output)
+    output.mkdir(parents=True, exist_ok=True)
+    data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours)
+    codec, (reader, spectral) = Codec(codec_cfg), make_trainer_modules(codec_cfg)
+    parameters = [*codec.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
+    rng, generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+    step, elapsed, started = load_state(cfg.resume, codec, reader, optimizer, rng, generator) if cfg.resume else (0, 0.0, False)
+    print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters, {data.hours:.2f} h of speech, from step {step}")
+    begin, log = time.time(), (output / "metrics.jsonl").open("a")
+    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", mininterval=10)
+    warm = min(300, cfg.max_steps // 10)
+    while step < cfg.max_steps and (not cfg.minutes or elapsed < cfg.minutes):
+        if step >= warm and not started:
+            start_codebooks(codec, data, cfg, rng)
+            started = True
+        done = max(step / cfg.max_steps, elapsed / cfg.minutes if cfg.minutes else 0.0)
+        lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses, sides, metrics, norm = train_step(codec, reader, spectral, data, optimizer, parameters, rng, generator, cfg, started)
+        step += 1
+        elapsed += (time.time() - begin) / 60
+        begin = time.time()
+        bar.update(1)
+        if step % cfg.log_every == 0:
+            row = {"step": step, "minutes": round(elapsed, 2), "lr": lr, "grad_norm": float(norm)} | {k: float(v) for k, v in {**losses, **metrics}.items()}
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("mel", "phones", "f0") if k in row}, refresh=False)
+        if step % cfg.save_every == 0:
+            save_state(output / "last.pt", codec, reader, optimizer, step, elapsed, started, rng, generator, cfg)
+    save_state(output / "last.pt", codec, reader, optimizer, step, elapsed, started, rng, generator, cfg)
+    runtime.atomic_write(output / "run.json", json.dumps(runtime.run_manifest() | {"steps": step, "minutes": elapsed, "hours": data.hours}, indent=2).encode())
+    print(f"saved {output / 'last.pt'} at step {step}")
+    return 0
+
+
+def train_step(codec, reader, spectral, data, optimizer, parameters, rng, generator, cfg, started):
+    """One update of weights and codebooks; stops on a loss that is not finite."""
+    import torch
+    batch = data.batch(rng, cfg.batch, int(cfg.seconds * codec.cfg.sample_rate))
+    with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
+        losses, sides, metrics = codec_losses(codec, reader, spectral, batch, cfg, generator, started)
+    total = sum(cfg.loss_weights[name] * value for name, value in losses.items())
+    if not torch.isfinite(total):
+        raise ValueError(f"the loss is not finite ({ {k: float(v) for k, v in losses.items()} }): lower --lr or resume from an earlier checkpoint")
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+    optimizer.step()
+    if started:
+        for quantizer, z, codes, _ in sides:
+            quantizer.update(z.detach(), codes, cfg.ema)
+    return losses, sides, metrics, norm
+
+
+def export(resume: str, folder: str) -> int:
+    """Write the weights of a training checkpoint as a pretrained folder."""
+    import torch
+
+    from checkpoint import save_codec
+    from config import from_dict
+    from rvq_tokenizer import Codec
+    state = torch.load(resume, weights_only=True)
+    codec = Codec(from_dict(CodecConfig, state["config"]))
+    codec.load_state_dict(state["codec"])
+    save_codec(codec.eval(), folder)
+    print(f"wrote {folder} ({os.path.getsize(Path(folder) / 'model.safetensors') / 1e6:.1f} MB)")
+    return 0
+
+
+def main(argv=None) -> int:
+    parser = Parser(description="Train the speech codec.")
+    add_flags(parser, CodecTrainConfig)
+    parser.add_argument("--limit_hours", type=float, default=0.0, help="use at most this much speech; 0: all")
+    parser.add_argument("--export", default="", metavar="FOLDER", help="write the weights of --resume to this folder and stop")
+    args = parser.parse_args(argv)
+    try:
+        if args.export:
+            return export(args.resume, args.export)
+        return train(from_flags(CodecTrainConfig, args), CodecConfig(), args.limit_hours)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
