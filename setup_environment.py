@@ -25,7 +25,8 @@ SUPPORTED = ((3, 11), (3, 13))    # what the pinned packages run on; 3.11 is the
 FREE_GB = 3.0                     # less than this and the installation would not fit
 # These ask for packages that are obsolete or do not load beside a CPU-only torch, and run without them.
 NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
-OPTIONAL = ("pyworld==0.3.5",)    # needs a C++ compiler where there is no wheel; only the pitch judge wants it
+# pyworld (the pitch judge) needs a C++ compiler where there is no wheel; sounddevice plays and records.
+OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6")
 DEV = ("pytest==9.2.0", "ruff==0.17.6")
 STAMP = "csm-setup.json"
 
@@ -232,6 +233,13 @@ try:
     found["soundfile"] = soundfile.__version__
 except Exception:
     found["soundfile"] = None
+try:
+    import sounddevice
+    found["sound"] = next((d["name"] for d in sounddevice.query_devices() if d["max_output_channels"] > 0), None)
+except OSError:
+    found["sound_note"] = "PortAudio is missing (Debian, Ubuntu: apt-get install libportaudio2)"
+except Exception:
+    pass
 print(json.dumps(found))
 """
 
@@ -248,20 +256,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def sound_device() -> str | None:
-    """What can play sound here: a name, or None."""
-    if sys.platform == "darwin" and shutil.which("afplay"):
-        return "afplay"
-    if os.name == "nt":
-        return "winsound"
-    if any(Path("/dev/snd").glob("pcm*p")) or os.environ.get("PULSE_SERVER") or os.environ.get("PIPEWIRE_REMOTE"):
-        return next((name for name in ("paplay", "pw-play", "aplay", "ffplay") if shutil.which(name)), None)
-    return None
-
-
 def inspect(venv: Path) -> dict:
     """What was found: Python, torch, torchaudio, GPUs (name, bytes), sound, disk, cores, memory. Unknown is None."""
-    found = {"python": None, "torch": None, "torchaudio": None, "soundfile": None, "gpus": [], "mps": False}
+    found = {"python": None, "torch": None, "torchaudio": None, "soundfile": None, "gpus": [], "mps": False, "sound": None}
     if venv_python(venv).exists():
         out = subprocess.run([str(venv_python(venv)), "-c", PROBE], capture_output=True, text=True)
         try:
@@ -270,7 +267,7 @@ def inspect(venv: Path) -> dict:
             found["torch_error"] = "the environment's Python does not run"
         found["python"] = python_version(venv)
     place = venv if venv.exists() else ROOT
-    return found | {"sound": sound_device(), "free_disk": shutil.disk_usage(place).free, "cores": cores(), "memory": memory_bytes(),
+    return found | {"free_disk": shutil.disk_usage(place).free, "cores": cores(), "memory": memory_bytes(),
                     "system": f"{platform.system()} {platform.machine()}"}
 
 
@@ -282,13 +279,12 @@ def describe(found: dict) -> list[str]:
             f"torch       {found['torch'] or 'missing: ' + found.get('torch_error', 'not installed')}",
             f"torchaudio  {found['torchaudio'] or 'not usable here (optional, nothing needs it)'}",
             f"GPU         {', '.join(gpus) or 'none: the CPU does the work'}",
-            f"sound       {found['sound'] or 'no device: speech is written to WAV files'}",
+            f"sound       {found['sound'] or 'no output device: speech is written to files' + ('; ' + found['sound_note'] if found.get('sound_note') else '')}",
             f"machine     {found['system']}, {found['cores']} cores, {memory} memory, {found['free_disk'] / 1e9:.0f} GB disk free"]
 
 
-def check(venv: Path, root: Path = ROOT) -> list[str]:
-    """Says what was found; returns what keeps the project from running, with the fix."""
-    found = inspect(venv)
+def check(venv: Path, found: dict, root: Path = ROOT) -> list[str]:
+    """Says what `inspect` found; returns what keeps the project from running, with the fix."""
     for line in describe(found):
         say("  " + line)
     for package in read_stamp(venv).get("missing", ()):
@@ -317,7 +313,7 @@ def main(argv=None) -> int:
     try:
         if not args.check and not setup(args.venv, dev=args.dev):
             say(f"the environment in {args.venv} is up to date")
-        problems = check(args.venv)
+        problems = check(args.venv, inspect(args.venv))
         if problems:
             raise SetupError(problems[0])
     except (SetupError, OSError) as error:
