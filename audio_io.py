@@ -1,0 +1,133 @@
+"""Audio files to float32 mono arrays and back; optional playback and microphone.
+
+    from audio_io import read_audio, write_audio
+    audio = read_audio("voice.mp3")          # float32 (n,), 24 kHz, mono, whatever the file held
+    write_audio("out.flac", audio)           # written whole or not at all
+
+Playback needs the optional package `sounddevice`; without it (or without a sound device) play() says so.
+"""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 24000
+
+
+def resample(audio: np.ndarray, source_rate: float, target_rate: float, quality: str = "HQ") -> np.ndarray:
+    """Mono audio (n,) at `source_rate` Hz -> float32 (n * target / source,) at `target_rate` Hz."""
+    if source_rate == target_rate:
+        return np.asarray(audio, np.float32)
+    import soxr
+    return soxr.resample(np.ascontiguousarray(audio, np.float32), source_rate, target_rate, quality=quality)
+
+
+def read_audio(path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """The file's sound as float32 (n,) at `sample_rate` Hz; stereo is averaged, other rates are resampled.
+
+    Raises ValueError (one line) for a file that is missing, empty or not audio.
+    """
+    import soundfile
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no audio file {path}: check the path")
+    try:
+        audio, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a readable audio file ({reason}): give a WAV, FLAC, Ogg or MP3 file") from None
+    if not len(audio):
+        raise ValueError(f"{path} holds no sound: give a longer recording")
+    mono = np.nan_to_num(audio.mean(axis=1))                               # (n, channels) -> (n,)
+    return resample(mono, rate, sample_rate)
+
+
+def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write mono audio (n,) in -1..1 as 16-bit WAV, FLAC or Ogg (by suffix), atomically."""
+    import soundfile
+    path = Path(path)
+    kind = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"cannot write {path}: end the name in .wav, .flac or .ogg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    samples = np.clip(np.asarray(audio, np.float32).reshape(-1), -1.0, 1.0)
+    subtype = "VORBIS" if kind == "OGG" else "PCM_16"
+    try:
+        soundfile.write(str(temporary), samples, sample_rate, format=kind, subtype=subtype)
+        os.replace(temporary, path)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())}): is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def duration(path) -> float:
+    """Length of an audio file in seconds, from its header."""
+    import soundfile
+    try:
+        return soundfile.info(str(path)).duration
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):
+        raise ValueError(f"{path} is not a readable audio file: give a WAV, FLAC, Ogg or MP3 file") from None
+
+
+# ----------------------------------------------------------------------------- sound devices
+
+def _sounddevice():
+    try:
+        import sounddevice
+    except (ImportError, OSError):                                         # OSError: PortAudio is missing
+        raise ValueError("no sound device: pip install sounddevice (and PortAudio), or listen to the files") from None
+    return sounddevice
+
+
+def can_play() -> bool:
+    """True where `sounddevice` imports and an output device exists."""
+    try:
+        return any(device["max_output_channels"] > 0 for device in _sounddevice().query_devices())
+    except Exception:                                                      # PortAudio's own errors count as no device
+        return False
+
+
+def play(audio: np.ndarray, sample_rate: int = SAMPLE_RATE, wait: bool = True) -> None:
+    """Play mono audio (n,). Raises ValueError where there is no device."""
+    device = _sounddevice()
+    try:
+        device.play(np.asarray(audio, np.float32), sample_rate)
+        if wait:
+            device.wait()
+    except device.PortAudioError as error:
+        raise ValueError(f"cannot play sound ({error}): listen to the written files") from None
+
+
+class Microphone:
+    """Iterates over float32 chunks (frame,) from the default input; a context manager.
+
+        with Microphone() as mic:
+            for chunk in mic: ...
+    """
+
+    def __init__(self, sample_rate: int = SAMPLE_RATE, frame: int = 1920):
+        self.sample_rate, self.frame = sample_rate, frame
+        self._stream = None
+
+    def __enter__(self):
+        device = _sounddevice()
+        try:
+            self._stream = device.InputStream(samplerate=self.sample_rate, channels=1, dtype="float32", blocksize=self.frame)
+            self._stream.start()
+        except device.PortAudioError as error:
+            raise ValueError(f"cannot open the microphone ({error}): give an audio file") from None
+        return self
+
+    def __exit__(self, *exc):
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __iter__(self):
+        while self._stream is not None:
+            block, _ = self._stream.read(self.frame)                       # (frame, 1)
+            yield block[:, 0].copy()
