@@ -145,6 +145,10 @@ class ModelConfig:
     code_offset: int = 1              # codec code c is token c + code_offset, so token 0 means end alone (CSM-1B: 0)
     text_vocab: int = 320             # bytes and special tokens (CSM-1B: 128256)
     tokenizer: str = "bytes"          # or the path of a tokenizer.json
+    pad_id: int = 256                 # text ids from here on are special tokens; padding of text
+    eot_id: int = 258                 # end of text: the position that predicts a spoken turn's first frame
+    listen_id: int = 259              # the same for a turn that is heard
+    transcript_id: int = 260          # first token of the text that follows heard audio
     frame_rate: float = 12.5          # Hz
     text_head: bool = True
     depth_fraction: float = 0.0625    # share of audio frames that train the depth decoder (1/16)
@@ -179,7 +183,8 @@ MODEL_PRESETS = {
     "large": lambda: ModelConfig("large", TransformerConfig(80, 8192, 28672, 64, 8), _depth(6, 1536, 12288, 12, 4)),
     # Sesame's CSM-1B, exactly: our additions off
     "csm-1b": lambda: ModelConfig("csm-1b", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33),
-                                  audio_vocab=2051, code_offset=0, text_vocab=128256, tokenizer="sesame/csm-1b", **OFF),
+                                  audio_vocab=2051, code_offset=0, text_vocab=128256, tokenizer="sesame/csm-1b",
+                                  pad_id=128000, eot_id=128001, listen_id=128004, transcript_id=128005, **OFF),
 }
 
 
