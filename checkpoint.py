@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 from config import CodecConfig, ModelConfig, Parser, from_dict, to_dict
@@ -202,6 +203,8 @@ def load_training(path, kind: str = "csm", codec_fingerprint: str | None = None,
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: check the path, or train first (python train.py)")
     try:
+        if not mmap and zipfile.ZipFile(path).testzip():          # torch itself does not look at the check sums
+            raise EOFError
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
@@ -263,7 +266,7 @@ def load_model(path, device="cpu", codec_fingerprint: str | None = None) -> nn.M
         tensors, about = _read_folder(path, "csm")
         state = _unpack(tensors)
     else:
-        about = load_training(path, "csm", mmap=True)
+        about = load_training(path, "csm", mmap=path.stat().st_size > 2 ** 30)
         state = about["model"] | (about.get("ema") or {})
     check_codec(path, about.get("codec_fingerprint"), codec_fingerprint)
     model = CSM(from_dict(ModelConfig, about["config"]))
