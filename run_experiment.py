@@ -61,6 +61,7 @@ class Step:
     outputs: list[str] = field(default_factory=list)
     resume: str = ""          # file from which an unfinished run goes on with --resume
     keeps: list[str] = field(default_factory=list)    # files of somebody else that it would overwrite are set aside
+    fresh: str = ""           # flag that makes the script start anew, for --fresh
 
 
 def build_steps(settings: Settings) -> list[Step]:
@@ -68,9 +69,9 @@ def build_steps(settings: Settings) -> list[Step]:
     train = ["--max_steps", str(settings.max_steps), "--model_size", settings.model_size] + ["--from_scratch"] * settings.from_scratch
     return [
         Step("collect", f"collecting {settings.target_hours:g} h of conversations with transcripts", "collect_data.py",
-             ["--target_hours", f"{settings.target_hours:g}"], ["assets"], ["data/synthetic/collection.json"]),
+             ["--target_hours", f"{settings.target_hours:g}"], ["assets"], ["data/synthetic/collection.json"], fresh="--fresh"),
         Step("tokenise", "turning the speech into codec tokens", "dataset_pipeline.py",
-             ["--data", "data/synthetic", "--codec", "pretrained/codec"], ["pretrained/codec"], ["data/synthetic/tokens/index.json"]),
+             ["--data", "data/synthetic", "--codec", "pretrained/codec"], ["pretrained/codec"], ["data/synthetic/tokens/index.json"], fresh="--fresh"),
         Step("train", f"training the {settings.model_size} model for {settings.max_steps} steps"
              + (" from nothing" if settings.from_scratch else ""), "train.py", train, ["pretrained"],
              ["checkpoints/best_model.pt", "checkpoints/metrics.jsonl"], resume="checkpoints/last.pt",
@@ -230,14 +231,14 @@ def run_step(step: Step, root: Path, python: Path, key: str, fresh: bool) -> dic
     old = read_stamp(root, step.name)
     again = not fresh and old.get("state") == "running" and old.get("key") == key
     path = root / "outputs/steps" / f"{step.name}.json"
-    command = [str(python), str(root / step.script), *step.arguments]
+    command = [str(python), str(root / step.script), *step.arguments] + [step.fresh] * bool(fresh and step.fresh)
     if again and step.resume and (root / step.resume).exists() and (root / step.resume).stat().st_mtime >= old["started"]:
         command += ["--resume", step.resume]
         print(f"  going on from {step.resume}", flush=True)
     elif step.keeps:
         set_aside(step, root) if not again else None
     earlier = old.get("seconds", 0.0) if again else 0.0
-    stamp = {"step": step.name, "state": "running", "key": key, "command": [step.script, *command[2:]],
+    stamp = {"name": step.name, "state": "running", "key": key, "command": [step.script, *command[2:]],
              "started": old["started"] if again else time.time(), "seconds": earlier, "peak_memory_mb": None, "outputs": {}, "made": {}}
     write_json(path, stamp)
     start = time.monotonic()
@@ -344,7 +345,7 @@ def summary(stamps: list[dict], setup_seconds: float, total: float) -> str:
     for stamp in stamps:
         memory = f"{stamp['peak_memory_mb'] / 1000:.1f} GB" if stamp["peak_memory_mb"] else "unknown"
         took = "skipped" if stamp.get("skipped") else human_time(stamp["seconds"])
-        lines.append(f"{stamp['step']:10s} {took:>14s} {memory:>12s}")
+        lines.append(f"{stamp["name"]:10s} {took:>14s} {memory:>12s}")
     lines += [f"{'all':10s} {human_time(total):>14s}", "", "made:"]
     return "\n".join(lines + [f"  {name}" for stamp in stamps for name in stamp["outputs"]])
 
@@ -390,7 +391,7 @@ def main(argv=None) -> int:
     with only_one(ROOT):
         print(f"[1/6] setting up the environment in {args.venv}", flush=True)
         try:
-            setup_environment.setup(args.venv)
+            installed = setup_environment.setup(args.venv)
             found = setup_environment.inspect(args.venv)
             problems = setup_environment.check(args.venv, found)
         except setup_environment.SetupError as error:
@@ -398,6 +399,8 @@ def main(argv=None) -> int:
         if problems:
             return fail(problems[0])
         setup_seconds = time.monotonic() - start
+        if installed:
+            write_json(ROOT / "outputs/steps/setup.json", {"name": "setup", "state": "done", "seconds": setup_seconds, "peak_memory_mb": None})
         settings.model_size = settings.model_size or pick_model_size(found)
         python = setup_environment.venv_python(args.venv)
         stamps = run_steps(build_steps(settings), ROOT, python, args.fresh, announce_training(ROOT, python, settings))

@@ -76,6 +76,15 @@ def test_a_lost_or_changed_output_is_made_again(root, spoil):
     assert log(root)[2] == "first" and (root / "first.out").read_text() == "one"
 
 
+def test_fresh_tells_the_scripts_that_can_start_anew(root):
+    (root / "first.py").write_text("import sys\nopen('first.out', 'w').write(' '.join(sys.argv[1:]))\n")
+    changed = steps()
+    changed[0].fresh = "--anew"
+    for fresh, said in ((False, ""), (True, "--anew")):
+        rx.run_steps(changed, root, Path(sys.executable), fresh=fresh)
+        assert (root / "first.out").read_text() == said
+
+
 def test_a_failed_step_is_named_and_goes_on_from_its_checkpoint(root):
     (root / "trip").touch()
     with pytest.raises(ValueError, match="'second' failed .*code 3"):
@@ -209,8 +218,8 @@ def test_expected_time_comes_from_the_last_run_where_there_is_one(tmp_path):
 
 
 def test_the_summary_names_everything_made():
-    stamps = [{"step": "demo", "seconds": 61.0, "peak_memory_mb": 1500.0, "outputs": {"outputs/demo/results.json": "x"}},
-              {"step": "report", "seconds": 5.0, "peak_memory_mb": None, "outputs": {"outputs/report.html": "y"}, "skipped": True}]
+    stamps = [{"name": "demo", "seconds": 61.0, "peak_memory_mb": 1500.0, "outputs": {"outputs/demo/results.json": "x"}},
+              {"name": "report", "seconds": 5.0, "peak_memory_mb": None, "outputs": {"outputs/report.html": "y"}, "skipped": True}]
     text = rx.summary(stamps, 3.0, 70.0)
     for piece in ("1 min 1 s", "1.5 GB", "unknown", "skipped", "outputs/report.html", "outputs/demo/results.json"):
         assert piece in text
