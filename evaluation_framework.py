@@ -320,12 +320,15 @@ def distill_mos(audio, rate: int = RATE) -> float | None:
 # ----------------------------------------------------------------------------- pitch
 
 def pitch_track(audio, rate: int = RATE, f0_min: float = 50.0, f0_max: float = 600.0) -> tuple[np.ndarray, np.ndarray]:
-    """Times (T,) in s and f0 (T,) in Hz, 0 where unvoiced, every 5 ms (WORLD: dio + stonemask)."""
+    """Times (T,) in s and f0 (T,) in Hz, 0 where unvoiced or 40 dB below the loudest, every 5 ms (WORLD: dio + stonemask)."""
     with _installed("pyworld"):
         import pyworld
     samples = np.ascontiguousarray(as_audio(audio), dtype=np.float64)
     f0, times = pyworld.dio(samples, rate, f0_floor=f0_min, f0_ceil=f0_max)
-    return times, pyworld.stonemask(samples, f0, times, rate)
+    f0 = pyworld.stonemask(samples, f0, times, rate)
+    power = np.convolve(samples ** 2, np.ones(rate // 50) / (rate // 50), "same")       # 20 ms
+    level = power[np.minimum((times * rate).astype(int), len(samples) - 1)]
+    return times, np.where(level > 1e-4 * power.max(), f0, 0.0)
 
 
 def pitch_statistics(audio, rate: int = RATE) -> dict:
@@ -365,10 +368,10 @@ def bootstrap_interval(values, weights=None, confidence: float = 0.95, draws: in
     return result
 
 
-def judge_speech(audio, text: str | None = None, rate: int = RATE) -> dict:
+def judge_speech(audio, text: str | None = None, rate: int = RATE, asr: str = "tiny.en") -> dict:
     """All judges on one utterance: seconds, reason, heard, wer (needs text), mos, level_db, pitch."""
     reason = unjudgeable(audio, rate)
-    heard = transcribe(audio, rate)
+    heard = transcribe(audio, rate, asr)
     return {"seconds": len(as_audio(audio)) / rate, "reason": reason, "heard": heard,
             "wer": word_error_rate(text, heard)["wer"] if text else None, "mos": distill_mos(audio, rate),
             "level_db": level_db(audio), "pitch": pitch_statistics(audio, rate)}
