@@ -93,6 +93,13 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """q (B, H, S, E); k, v (B, H_kv, N, E); mask as in Attention.forward -> (B, H, S, E)."""
+    causal = isinstance(mask, str)
+    bias = None if causal or mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE, no biases."""
 
@@ -115,10 +122,7 @@ class Attention(nn.Module):
         q, k, v = qk[:, :self.heads], qk[:, self.heads:], qkv[:, :, turned:].transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v, start)
-        causal = isinstance(mask, str)
-        bias = None if causal or mask is None else mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
-        return self.output_proj(y.transpose(1, 2).reshape(B, S, -1))
+        return self.output_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, S, -1))
 
 
 class SwiGLU(nn.Module):

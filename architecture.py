@@ -1,0 +1,817 @@
+"""The CSM model: frame embedding, backbone, voice-text cross-attention, dual memory, depth decoder, loss.
+
+Knows nothing of files, text or audio: token ids in, logits out. Every state is an argument
+(`DecodeState`; None is the offline case of the same code), so sessions cannot mix.
+
+B batch rows, S new positions, N positions so far, K codebooks, V codes per codebook, D width, Dd depth width,
+M chosen frames, W cross-attention width, R text runs, L text tokens of a run, T queries of a run.
+A prediction at position s concerns position s + 1. With `cross`, `memory` and `text_head` off this is
+Sesame's CSM exactly (CSM_SPEC 3.3-3.6) with its parameter names; RoPE is half-split (layers.Rope).
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import ModelConfig
+from layers import KVCache, RMSNorm, SwiGLU, Transformer
+
+# ----------------------------------------------------------------------------- data
+
+
+@dataclass
+class FrameBatch:
+    """Rows of frames (CSM_SPEC 3.3) with what the additions need to know of each position."""
+    frames: Tensor                      # (B, S, K + 1) long
+    mask: Tensor                        # (B, S, K + 1) bool: columns that count
+    turn: Tensor                        # (B, S) long: turn number, rising along a row; -1 = padding
+    text_index: Tensor                  # (B, S) long: index inside the turn's run of text; -1 elsewhere
+    reading: Tensor                     # (B, S) long: text_index the voice has reached; -1 = unknown
+    audio_loss: Tensor | None = None    # (B, S) bool: voice positions whose codes are trained; None: all
+    text_loss: Tensor | None = None     # (B, S) bool: text positions that are predicted; None: all but special tokens
+    phones: Tensor | None = None        # (B, P) phone ids of the row's spoken texts in order, 0 = padding
+
+    @property
+    def B(self) -> int:
+        return self.frames.shape[0]
+
+    @property
+    def S(self) -> int:
+        return self.frames.shape[1]
+
+    def to(self, device) -> "FrameBatch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return FrameBatch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+
+
+@dataclass
+class Slots:
+    """Dual memory: one semantic and one prosodic slot per finished turn, oldest first."""
+    semantic: Tensor                    # (B, M, W): what was said
+    prosodic: Tensor                    # (B, M, W): how
+    turn: Tensor                        # (B, M) long; -1 = empty
+
+    def __getitem__(self, columns) -> "Slots":
+        return Slots(self.semantic[:, columns], self.prosodic[:, columns], self.turn[:, columns])
+
+
+@dataclass
+class Positions:
+    """What is known of every position of a row so far."""
+    valid: Tensor                       # (B, N) bool
+    voice: Tensor                       # (B, N) bool
+    token: Tensor                       # (B, N) long: text id, 0 at voice positions
+    turn: Tensor                        # (B, N) long
+    text_index: Tensor                  # (B, N) long
+    order: Tensor                       # (B, N) long: number of valid positions before this one
+
+    def join(self, new: "Positions") -> "Positions":
+        return Positions(*(torch.cat([getattr(self, f.name), getattr(new, f.name)], 1) for f in fields(self)))
+
+
+@dataclass
+class Packing:
+    """Queries of uneven groups as one padded rectangle: packed row `flat[i]` of (B*S) goes to `slot[i]` of (R*T)."""
+    flat: Tensor                        # (n,) long
+    slot: Tensor                        # (n,) long
+    shape: tuple[int, int]              # R, T
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x (n, C) -> (R, T, C), zeros where there is no query."""
+        return x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1]).index_copy(0, self.slot, x).view(*self.shape, -1)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x (R, T, C) -> (n, C)."""
+        return x.flatten(0, 1).index_select(0, self.slot)
+
+
+@dataclass
+class Runs:
+    """Voice positions and the text runs they speak."""
+    queries: Packing
+    tokens: Tensor                      # (R, L) long
+    filled: Tensor                      # (R, L) bool
+    offset: Tensor                      # (R, T, L) long: row of the reading bias
+    read: Tensor | None = None          # (R, L, W) the text reader's output
+    keys: list | None = None            # per cross-attention: (k, v), each (R, H, L, E)
+
+
+@dataclass
+class Blocks:
+    """Text positions and the finished blocks of voice in their past."""
+    queries: Packing
+    members: Tensor                     # (B, NB, pool) long: columns of each block
+    age: Tensor                         # (B, Tt, NB) long: turns since the block; -1 = not to be seen
+
+
+@dataclass
+class Plan:
+    """Everything about one call that does not depend on the hidden states."""
+    rope: tuple
+    mask: Tensor | None                 # (B, 1, S, N) additive
+    start: int = 0                      # positions already in the caches
+    runs: Runs | None = None
+    blocks: Blocks | None = None
+    memory: Slots | None = None
+    age: Tensor | None = None           # (B, S, M) turns since the slot was written
+
+
+def pack(chosen: Tensor, row: Tensor, rows: int) -> Packing:
+    """chosen (B, S) bool; row (n,) the rectangle's row, rising, of each chosen position in flat order."""
+    flat = chosen.flatten().nonzero()[:, 0]                                    # (n,)
+    count = torch.bincount(row, minlength=rows)
+    longest = int(count.max()) if len(flat) else 0
+    rank = torch.arange(len(flat), device=flat.device) - (count.cumsum(0) - count)[row]
+    return Packing(flat, row * longest + rank, (rows, longest))
+
+
+# ----------------------------------------------------------------------------- voice-text cross-attention
+
+
+class ReaderBlock(nn.Module):
+    """ConvNeXt-like residual block over one turn's text: depthwise convolution, norm, SwiGLU."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, 2 * width)
+
+    def forward(self, x: Tensor, filled: Tensor) -> Tensor:
+        """x (R, L, W), filled (R, L, 1): positions beyond a run's end stay zero, so runs cannot mix."""
+        y = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp(self.norm(y)) * filled
+
+
+class TextReader(nn.Module):
+    """Local bidirectional reader of one run of text. Complete before its audio starts, so causal for the voice."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        c = cfg.cross
+        self.embedding = nn.Embedding(cfg.text_vocab, c.width)
+        self.layers = nn.ModuleList(ReaderBlock(c.width, c.reader_kernel) for _ in range(c.reader_layers))
+        self.norm = RMSNorm(c.width)
+        # two phones at most per text token; index 0 (silence) serves as the CTC blank: silence is never a target
+        self.phone_head = nn.Linear(c.width, 2 * len(c.phones)) if c.phone_head else None
+
+    def forward(self, tokens: Tensor, filled: Tensor) -> Tensor:
+        """tokens (R, L) long, filled (R, L) bool -> (R, L, W)."""
+        filled = filled.unsqueeze(-1)
+        x = self.embedding(tokens) * filled
+        for layer in self.layers:
+            x = layer(x, filled)
+        return self.norm(x)
+
+    def phone_logits(self, read: Tensor) -> Tensor:
+        """(R, L, W) -> (R, 2 L, phones)."""
+        R, L, _ = read.shape
+        return self.phone_head(read).view(R, 2 * L, -1)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (R, L, W) -> (R, H, L, E)
+
+
+class CrossAttention(nn.Module):
+    """Attention with a learned null key of value zero and a gate; the parts of both directions.
+
+    Keys and values come from width `source`; a query that finds nothing looks at the null key and gets zero.
+    """
+
+    def __init__(self, width: int, source: int, inner: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(width)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(source, inner, bias=False)
+        self.v_proj = nn.Linear(source, inner, bias=False)
+        self.output_proj = nn.Linear(inner, width, bias=False)
+        self.null = nn.Parameter(torch.zeros(heads, inner // heads))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, L, W) -> k, v, each (R, H, L, E)."""
+        return _heads(self.k_proj(source), self.heads), _heads(self.v_proj(source), self.heads)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (R, T, W); k, v (R, H, L, E); bias (R, H, T, L) additive -> (R, T, W)."""
+        q = _heads(q, self.heads) * self.null.shape[-1] ** -0.5                # (R, H, T, E)
+        scores = torch.cat([q @ k.transpose(-1, -2) + bias, q @ self.null.unsqueeze(-1).to(q.dtype)], -1)
+        weights = scores.float().softmax(-1)[..., :-1].to(v.dtype)             # (R, H, T, L): the null key's value is zero
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    def add(self, x: Tensor, flat: Tensor, y: Tensor) -> Tensor:
+        """x (n, D) plus the gated projection of y (m, W) at rows `flat`."""
+        return x.index_add(0, flat, (self.output_proj(y) * self.gate).to(x.dtype))
+
+
+class ReadText(CrossAttention):
+    """Voice positions look at single text tokens, guided by how far the voice has read."""
+
+    def __init__(self, cfg: ModelConfig):
+        c = cfg.cross
+        super().__init__(cfg.backbone.width, c.width, c.width, c.heads)
+        self.reach = c.max_distance
+        self.bias = nn.Embedding(2 * c.max_distance + 2, c.heads)              # last row: reading unknown
+
+    def init_bias(self) -> None:
+        """A bump around the reading position: head i looks i-th furthest ahead, 0 to 6 tokens."""
+        distance = torch.arange(-self.reach, self.reach + 1, dtype=torch.float32).unsqueeze(1)
+        centre = torch.linspace(0, 6, self.heads) if self.heads > 1 else torch.tensor([2.0])
+        self.bias.weight.zero_()
+        self.bias.weight[:-1] = (-(distance - centre).square() / 8).clamp(min=-6).to(self.bias.weight)
+
+    def forward(self, x: Tensor, runs: Runs, layer: int) -> Tensor:
+        """x (B*S, D) -> (B*S, D)."""
+        pack = runs.queries
+        q = pack.spread(self.q_proj(self.norm(x.index_select(0, pack.flat))))  # (R, T, W)
+        k, v = runs.keys[layer] if runs.keys else self.keys(runs.read)
+        bias = self.bias(runs.offset).permute(0, 3, 1, 2)                      # (R, H, T, L)
+        bias = bias.masked_fill(~runs.filled[:, None, None, :], -math.inf).to(q.dtype)
+        return self.add(x, pack.flat, pack.collect(self.look(q, k, v, bias)))
+
+
+class HearProsody(CrossAttention):
+    """Text positions look at means over finished blocks of voice positions in their past."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg.backbone.width, cfg.backbone.width, cfg.cross.width, cfg.cross.heads)
+        self.decay = nn.Parameter(torch.zeros(cfg.cross.heads))                # per turn of age, through softplus
+
+    def forward(self, x: Tensor, normed: Tensor, heard: Tensor, blocks: Blocks) -> Tensor:
+        """x and normed (B*S, D), heard (B, N, D) normed hidden states so far -> (B*S, D)."""
+        B, NB, pool = blocks.members.shape
+        rows = blocks.members.flatten(1).unsqueeze(-1).expand(-1, -1, heard.shape[-1])
+        pooled = heard.gather(1, rows).view(B, NB, pool, -1).mean(2)           # (B, NB, D)
+        k, v = self.keys(pooled)
+        q = self.q_proj(normed.index_select(0, blocks.queries.flat))
+        bias = -F.softplus(self.decay)[:, None, None] * blocks.age.unsqueeze(1)
+        bias = bias.masked_fill((blocks.age < 0).unsqueeze(1), -math.inf)      # (B, H, Tt, NB)
+        y = self.look(blocks.queries.spread(q), k, v, bias.to(q.dtype))
+        return self.add(x, blocks.queries.flat, blocks.queries.collect(y))
+
+
+# ----------------------------------------------------------------------------- dual memory
+
+
+class MemoryWriter(nn.Module):
+    """Turns a finished turn into a semantic slot (mean over text) and a prosodic slot (level and spread over voice)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.semantic = nn.Linear(cfg.backbone.width, cfg.memory.width)
+        self.prosodic = nn.Linear(2 * cfg.backbone.width, cfg.memory.width)
+
+    def forward(self, gathered: dict) -> tuple[Tensor, Tensor]:
+        """Sums over a turn (text, voice, square: (..., D); texts, voices: (..., 1)) -> two slots (..., W)."""
+        voices = gathered["voices"].clamp(min=1)
+        level = gathered["voice"] / voices
+        spread = (gathered["square"] / voices - level.square()).clamp(min=1e-6).sqrt()
+        heard = (gathered["voices"] > 0).to(level.dtype)
+        semantic = self.semantic(gathered["text"] / gathered["texts"].clamp(min=1))
+        return semantic, self.prosodic(torch.cat([level, spread], -1) * heard)
+
+
+class ReadMemory(CrossAttention):
+    """Every position looks at the slots; older slots fade at a learned rate per bank and head."""
+
+    def __init__(self, cfg: ModelConfig):
+        m = cfg.memory
+        super().__init__(cfg.backbone.width, m.width, m.width, m.heads)
+        self.bank = nn.Parameter(torch.zeros(2, m.width))                      # tells semantic from prosodic
+        self.decay = nn.Parameter(torch.zeros(2, m.heads))
+        self.half_lives = (m.semantic_half_life, m.prosodic_half_life)
+
+    def init_decay(self) -> None:
+        rate = torch.tensor([math.log(2) / half for half in self.half_lives])
+        self.decay.copy_(rate.expm1().log().unsqueeze(1).expand_as(self.decay))  # softplus(decay) = rate
+
+    def forward(self, x: Tensor, slots: Slots, age: Tensor) -> Tensor:
+        """x (B, S, D), age (B, S, M) -> (B, S, D)."""
+        both = torch.cat([slots.semantic + self.bank[0], slots.prosodic + self.bank[1]], 1)  # (B, 2 M, W)
+        k, v = self.keys(both)
+        fade = -F.softplus(self.decay)[..., None, None] * age[:, None, None]   # (B, 2, H, S, M)
+        fade = fade.masked_fill((slots.turn < 0)[:, None, None, None, :], -math.inf)
+        bias = torch.cat([fade[:, 0], fade[:, 1]], -1)                         # (B, H, S, 2 M)
+        q = self.q_proj(self.norm(x))
+        return x + (self.output_proj(self.look(q, k, v, bias.to(q.dtype))) * self.gate).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------- streaming state
+
+
+class DecodeState:
+    """All that one conversation (or B of them in lockstep) remembers. Made by CSM.new_state.
+
+    `restart()` empties the window for a re-prefill; memory slots stay, and those of turns that the new
+    window does not hold become visible to the model.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, limit: int, device, dtype):
+        b = cfg.backbone
+        self.cfg, self.batch, self.limit, self.device = cfg, batch, limit, device
+        self.caches = [KVCache(batch, b.kv_heads, limit, b.head_dim, device, dtype) for _ in range(b.layers)]
+        crosses = b.layers // cfg.cross.every if cfg.cross.enabled else 0
+        self.heard = [torch.zeros(batch, limit, b.width, device=device, dtype=dtype) for _ in range(crosses)]
+        self.slots: Slots | None = None
+        self.current = -1                                                      # turn number being gathered
+        self.gathered: dict = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the positions of the window (caches are reused), keep the memory slots."""
+        self.length, self.position, self.first_turn = 0, 0, -1
+        self.seen: Positions | None = None
+        self.runs: Runs | None = None
+        self.padded = False
+
+    def visible(self) -> Slots | None:
+        """Slots of turns before the window's first one, the newest max_slots of them."""
+        if self.slots is None:
+            return None
+        keep = (self.slots.turn < self.first_turn).any(0).nonzero()[:, 0][-self.cfg.memory.max_slots:]
+        return self.slots[keep] if len(keep) else None
+
+
+# ----------------------------------------------------------------------------- plans
+
+
+def describe(cfg: ModelConfig, batch: FrameBatch, before: Positions | None) -> Positions:
+    """What forward must know of the new positions; `before` only shifts their order."""
+    valid = batch.turn >= 0
+    voice = valid & batch.mask[..., 0]
+    order = valid.cumsum(1) - 1
+    if before is not None:
+        order = order + before.valid.sum(1, keepdim=True)
+    return Positions(valid, voice, batch.frames[..., -1] * ~voice, batch.turn, batch.text_index, order.clamp(min=0))
+
+
+def spoken_runs(cfg: ModelConfig, seen: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position (B, N): column where its text run begins, whether it belongs to a run that is (to be)
+    spoken or heard, whether it is the text position that predicts the first frame of the voice."""
+    begins = seen.text_index == 0
+    column = torch.arange(begins.shape[1], device=begins.device)
+    begin = torch.where(begins, column, 0).cummax(1).values
+    inside = seen.valid & (begins.cumsum(1) > 0) & (seen.turn.gather(1, begin) == seen.turn)
+    inside &= seen.token.gather(1, begin) != cfg.transcript_id
+    opens = inside & ~seen.voice & ((seen.token == cfg.eot_id) | (seen.token == cfg.listen_id))
+    return begin, inside, opens
+
+
+def attention_mask(seen: Positions, start: int, wide: Tensor | None, window: int) -> Tensor:
+    """Additive (B, 1, S, N): causal; text positions see `window` positions unless `wide` (B, N). No row is empty."""
+    order, S = seen.order, seen.order.shape[1] - start
+    back = order[:, start:, None] - order[:, None, :]                          # (B, S, N)
+    sees = seen.valid[:, None, :] & (back >= 0)
+    if wide is not None:
+        sees &= wide[:, start:, None] | (back < window)
+    sees |= torch.eye(start + S, dtype=torch.bool, device=order.device)[start:]
+    return torch.zeros_like(sees, dtype=torch.float32).masked_fill_(~sees, -math.inf).unsqueeze(1)
+
+
+def reading_offset(cfg: ModelConfig, reading: Tensor, length: int) -> Tensor:
+    """reading (R, T) -> (R, T, L) row of the reading bias for text token l; the last row where reading is unknown."""
+    reach = cfg.cross.max_distance
+    distance = torch.arange(length, device=reading.device) - reading.unsqueeze(-1)
+    known = reading.unsqueeze(-1) >= 0 if cfg.cross.guided else torch.zeros_like(distance, dtype=torch.bool)
+    return torch.where(known, distance.clamp(-reach, reach) + reach, 2 * reach + 1)
+
+
+def plan_runs(cfg: ModelConfig, seen: Positions, reading: Tensor, start: int) -> Runs | None:
+    """The new voice positions, grouped by the text run they speak. None where there are none."""
+    begin, inside, opens = spoken_runs(cfg, seen)
+    query = (inside & (seen.voice | opens))[:, start:]                         # (B, S)
+    if not query.any():
+        return None
+    N = seen.valid.shape[1]
+    row = torch.arange(len(begin), device=begin.device).unsqueeze(1)
+    ids, group = torch.unique_consecutive((row * N + begin)[:, start:][query], return_inverse=True)
+    queries = pack(query, group, len(ids))
+    column = (ids % N).unsqueeze(1) + torch.arange(N, device=ids.device)       # (R, N)
+    inner, column, row = column < N, column.clamp(max=N - 1), (ids // N).unsqueeze(1)
+    filled = inner & (seen.text_index[row, column] == torch.arange(N, device=ids.device))
+    filled = filled[:, :int(filled.sum(1).max())]                              # (R, L)
+    tokens = seen.token[row, column][:, :filled.shape[1]] * filled
+    read = queries.spread(reading.flatten()[queries.flat].unsqueeze(-1)).squeeze(-1)
+    return Runs(queries, tokens, filled, reading_offset(cfg, read, filled.shape[1]))
+
+
+def plan_blocks(cfg: ModelConfig, seen: Positions, start: int) -> Blocks | None:
+    """The new text positions and the finished blocks of voice; None where either is missing."""
+    pool, (B, N) = cfg.cross.pool_frames, seen.valid.shape
+    column = torch.arange(N, device=seen.valid.device).expand(B, N)
+    before = torch.where(seen.voice, -1, column).cummax(1).values              # last column that is not voice
+    ends = seen.voice & ((column - before) % pool == 0)
+    text = (seen.valid & ~seen.voice)[:, start:]
+    most = int(ends.sum(1).max())
+    if most == 0 or not text.any():
+        return None
+    end = torch.where(ends, column, N).sort(1).values[:, :most]                # (B, NB), N = no block
+    queries = pack(text, text.nonzero()[:, 0], B)
+    place = torch.stack([column[:, start:][text], seen.turn[:, start:][text]], -1)
+    place = queries.spread(place)                                              # (B, Tt, 2)
+    age = place[..., 1:] - seen.turn.gather(1, end.clamp(max=N - 1)).unsqueeze(1)
+    age = torch.where(end.unsqueeze(1) < place[..., :1], age, -1)              # (B, Tt, NB)
+    members = end.unsqueeze(-1) - torch.arange(pool - 1, -1, -1, device=end.device)
+    return Blocks(queries, members.clamp(0, N - 1), age)
+
+
+# ----------------------------------------------------------------------------- the model
+
+
+class CSM(nn.Module):
+    """Frames in, hidden states out; heads and losses beside it. See the module docstring."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        D, Dd, K, V = cfg.backbone.width, cfg.depth.width, cfg.num_codebooks, cfg.audio_vocab
+        self.text_embeddings = nn.Embedding(cfg.text_vocab, D)
+        self.audio_embeddings = nn.Embedding(K * V, D)                         # row c + V * k
+        self.backbone = Transformer(cfg.backbone, cfg.dropout)
+        self.decoder = Transformer(cfg.depth, cfg.dropout)
+        self.projection = nn.Linear(D, Dd, bias=False)
+        self.codebook0_head = nn.Linear(D, V, bias=False)
+        self.audio_head = nn.Parameter(torch.empty(K - 1, Dd, V))
+        self.text_head = nn.Linear(D, cfg.text_vocab, bias=False) if cfg.text_head else None
+        c, m = cfg.cross, cfg.memory
+        crosses = cfg.backbone.layers // c.every if c.enabled else 0
+        self.reader = TextReader(cfg) if c.enabled else None
+        self.read_text = nn.ModuleList(ReadText(cfg) for _ in range(crosses))
+        self.hear_prosody = nn.ModuleList(HearProsody(cfg) for _ in range(crosses))
+        self.advance_head = nn.Linear(D, c.max_advance + 1) if c.enabled else None
+        self.memory_writer = MemoryWriter(cfg) if m.enabled else None
+        self.read_memory = nn.ModuleList(ReadMemory(cfg) for _ in range(cfg.backbone.layers // m.every if m.enabled else 0))
+        self._fast: tuple | None = None
+
+    # ---- weights
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None, open_gates: bool = False) -> None:
+        """Fill every tensor. The additions' gates are shut (identity), for imported CSM weights;
+        `open_gates=True` opens them, for training from scratch."""
+        done: set[int] = set()
+
+        def normal(p: Tensor, std: float) -> None:
+            done.add(id(p))
+            p.normal_(0.0, std, generator=generator)
+
+        def constant(p: Tensor, value: float) -> None:
+            done.add(id(p))
+            p.fill_(value)
+
+        normal(self.text_embeddings.weight, 0.1)
+        normal(self.audio_embeddings.weight, 0.1 / math.sqrt(self.cfg.num_codebooks))
+        normal(self.audio_head, 0.02)
+        heads = [self.codebook0_head, self.text_head, self.advance_head]
+        for head in filter(None, heads):
+            normal(head.weight, 0.02)
+        for stack in (self.backbone, self.decoder):
+            shrink = 1 / math.sqrt(2 * len(stack.layers))
+            for block in stack.layers:
+                normal(block.attn.output_proj.weight, shrink / math.sqrt(stack.cfg.width))
+                normal(block.mlp.w2.weight, shrink / math.sqrt(stack.cfg.ffn))
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                constant(module.scale, 1.0)
+            if isinstance(module, nn.Linear) and id(module.weight) not in done:
+                normal(module.weight, 1 / math.sqrt(module.in_features))
+            if isinstance(module, (nn.Linear, nn.Conv1d)) and module.bias is not None:
+                constant(module.bias, 0.0)
+            if isinstance(module, nn.Conv1d):
+                normal(module.weight, 1 / math.sqrt(module.kernel_size[0]))
+            if isinstance(module, CrossAttention):
+                constant(module.gate, float(open_gates))
+                normal(module.null, 0.02)
+        self._init_additions(normal, constant, done)
+        missing = [name for name, p in self.named_parameters() if id(p) not in done]
+        assert not missing, f"init_weights forgot {missing}"
+
+    def _init_additions(self, normal, constant, done: set) -> None:
+        if self.reader is not None:
+            normal(self.reader.embedding.weight, 1.0)
+        for read in self.read_text:
+            done.add(id(read.bias.weight))
+            read.init_bias()
+        for hear in self.hear_prosody:
+            constant(hear.decay, -1.0)
+        for read in self.read_memory:
+            normal(read.bank, 0.5)
+            done.add(id(read.decay))
+            read.init_decay()
+
+    # ---- backbone
+
+    def embed(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """frames, mask (B, S, K + 1) -> (B*S, D): sum over the columns that count."""
+        K, V = self.cfg.num_codebooks, self.cfg.audio_vocab
+        frames, mask = frames.flatten(0, 1), mask.flatten(0, 1)
+        x = self.text_embeddings.weight.new_zeros(len(frames), self.cfg.backbone.width)
+        text = mask[:, -1].nonzero()[:, 0]
+        voice = mask[:, :-1].any(1).nonzero()[:, 0]
+        if len(text):
+            x = x.index_add(0, text, self.text_embeddings(frames[text, -1]))
+        if len(voice):
+            codes = frames[voice, :-1] + torch.arange(K, device=frames.device) * V
+            weights = None if mask[voice, :-1].all() else mask[voice, :-1].to(x.dtype)
+            x = x.index_add(0, voice, F.embedding_bag(codes, self.audio_embeddings.weight, mode="sum", per_sample_weights=weights))
+        return x
+
+    def forward(self, batch: FrameBatch, state: DecodeState | None = None, memory: Slots | None = None) -> Tensor:
+        """-> hidden states (B, S, D) after the final norm.
+
+        With `state` the batch holds only the new positions and all caches grow by S. `memory`: slots to read;
+        given with a state they replace the state's. Raises ValueError when the window is full.
+        """
+        return self._encode(batch, state, memory)[0]
+
+    def _encode(self, batch: FrameBatch, state=None, memory=None) -> tuple[Tensor, Plan]:
+        plan = self._plan(batch, state, memory)
+        B, S, every, remember = batch.B, batch.S, self.cfg.cross.every, self.cfg.memory.every
+        x = self.embed(batch.frames, batch.mask).view(B, S, -1)
+        for i, block in enumerate(self.backbone.layers):
+            x = block(x, plan.rope, plan.mask, state.caches[i] if state else None, plan.start)
+            if self.reader is not None and (i + 1) % every == 0:
+                x = self._cross((i + 1) // every - 1, x, plan, state)
+            if plan.memory is not None and (i + 1) % remember == 0:
+                x = self.read_memory[(i + 1) // remember - 1](x, plan.memory, plan.age)
+        h = self.backbone.norm(x)
+        if state is not None:
+            state.length += S
+            if self.memory_writer is not None:
+                self._gather(h, batch, state)
+        return h, plan
+
+    def _cross(self, layer: int, x: Tensor, plan: Plan, state: DecodeState | None) -> Tensor:
+        B, S, D = x.shape
+        out = x.reshape(B * S, D)
+        if plan.runs is not None:
+            out = self.read_text[layer](out, plan.runs, layer)
+        if state is None and plan.blocks is None:
+            return out.view(B, S, D)
+        normed = self.hear_prosody[layer].norm(x)
+        heard = normed
+        if state is not None:
+            state.heard[layer][:, plan.start:plan.start + S] = normed
+            heard = state.heard[layer][:, :plan.start + S]
+        if plan.blocks is not None:
+            out = self.hear_prosody[layer](out, normed.flatten(0, 1), heard, plan.blocks)
+        return out.view(B, S, D)
+
+    def _plan(self, batch: FrameBatch, state: DecodeState | None, memory: Slots | None) -> Plan:
+        cfg, start = self.cfg, state.length if state else 0
+        limit = state.limit if state else cfg.backbone.max_positions
+        if start + batch.S > limit:
+            raise ValueError(f"{start + batch.S} positions do not fit into {limit}: raise --backbone.max_positions or lower --memory.window_turns")
+        seen = new = describe(cfg, batch, state.seen if state else None)
+        if state is not None:
+            seen = self._advance(state, batch, new, memory)
+            memory = state.visible()
+        plan = Plan(self.backbone.rope.table(new.order), None, start)
+        if self.memory_writer is not None and memory is not None:
+            plan.memory, plan.age = memory, (batch.turn.unsqueeze(-1) - memory.turn.unsqueeze(1)).clamp(min=0)
+        plan.mask = self._mask(seen, start, state)
+        if self.reader is not None:
+            plan.runs = self._runs(seen, new, batch.reading, start, state)
+            plan.blocks = plan_blocks(cfg, seen, start)
+        return plan
+
+    def _advance(self, state: DecodeState, batch: FrameBatch, new: Positions, memory: Slots | None) -> Positions:
+        if memory is not None:
+            state.slots = memory
+        if state.first_turn < 0 and new.valid.any():
+            state.first_turn = int(batch.turn[new.valid].min())
+        if state.seen is not None and bool((state.seen.turn[:, -1] != new.turn[:, 0]).any()):
+            state.runs = None                                                  # another turn: another text
+        state.seen = new if state.seen is None else state.seen.join(new)
+        state.padded |= not bool(new.valid.all())
+        return state.seen
+
+    def _mask(self, seen: Positions, start: int, state: DecodeState | None) -> Tensor | None:
+        N = seen.valid.shape[1]
+        last_is_wide = self.reader is None or N <= self.cfg.cross.text_window or bool(seen.voice[:, -1].all())
+        if state is not None and not state.padded and N - start == 1 and last_is_wide:
+            return None                                                        # one new position that sees everything
+        wide = None
+        if self.reader is not None:
+            wide = seen.voice | spoken_runs(self.cfg, seen)[2]
+        return attention_mask(seen, start, wide, self.cfg.cross.text_window)
+
+    def _runs(self, seen: Positions, new: Positions, reading: Tensor, start: int, state: DecodeState | None) -> Runs | None:
+        only_voice = state is not None and bool(new.voice.all())
+        if not only_voice or state.runs is None:
+            runs = plan_runs(self.cfg, seen, reading, start)
+            if runs is not None:
+                runs.read = self.reader(runs.tokens, runs.filled)
+            if only_voice and runs is not None and runs.queries.shape[0] == state.batch:
+                runs.keys = [read.keys(runs.read) for read in self.read_text]
+                state.runs = runs
+            elif state is not None:
+                state.runs = None
+            return runs
+        # the voice goes on over the same text: only the queries and the reading position are new
+        B, S = reading.shape
+        everyone = torch.arange(B * S, device=reading.device)
+        offset = reading_offset(self.cfg, reading, state.runs.filled.shape[1])
+        return Runs(Packing(everyone, everyone, (B, S)), state.runs.tokens, state.runs.filled, offset, state.runs.read, state.runs.keys)
+
+    # ---- heads
+
+    def c0_logits(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., V): the first code of the next frame."""
+        return self.codebook0_head(h)
+
+    def text_logits(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., text_vocab). Raises ValueError without a text head."""
+        if self.text_head is None:
+            raise ValueError("this model has no text head: use --responder for replies, or train with text_head")
+        return self.text_head(h)
+
+    def advance_logits(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., max_advance + 1): text tokens that the frame at this position consumes."""
+        if self.advance_head is None:
+            raise ValueError("this model has no reading position: it was built with --cross.enabled false")
+        return self.advance_head(h)
+
+    # ---- depth decoder
+
+    def _depth_hidden(self, h: Tensor, codes: Tensor) -> Tensor:
+        """h (M, D), codes (M, K) -> (K - 1, M, Dd), normed: output k predicts codebook k + 1."""
+        K = self.cfg.num_codebooks
+        rows = codes[:, :-1] + torch.arange(K - 1, device=codes.device) * self.cfg.audio_vocab
+        x = self.projection(torch.cat([h.unsqueeze(1), self.audio_embeddings(rows).to(h.dtype)], 1))  # (M, K, Dd)
+        rope = self.decoder.rope.table(torch.arange(K, device=h.device))
+        for block in self.decoder.layers:
+            x = block(x, rope, "causal")
+        return self.decoder.norm(x[:, 1:].transpose(0, 1))
+
+    def depth_logits(self, h: Tensor, codes: Tensor) -> Tensor:
+        """Teacher forced: h (M, D) of the position before the frame, codes (M, K) -> (M, K - 1, V)."""
+        return torch.bmm(self._depth_hidden(h, codes), self.audio_head).transpose(0, 1)
+
+    @torch.no_grad()
+    def depth_generate(self, h: Tensor, c0: Tensor, pick) -> Tensor:
+        """h (M, D), c0 (M,), pick(logits (M, V), k) -> (M,) -> codes (M, K). One position at a time, own cache."""
+        codes = [c0]
+        for k in range(1, self.cfg.num_codebooks):
+            given = F.pad(torch.stack(codes, 1), (0, self.cfg.num_codebooks - k))
+            codes.append(pick(self.depth_logits(h, given)[:, k - 1], k))
+        return torch.stack(codes, 1)
+
+    # ---- memory
+
+    def _sums(self, h: Tensor, voice: Tensor, text: Tensor, group: Tensor, groups: int) -> dict:
+        """Sums of h (n, D) over positions of the same group (n,): what MemoryWriter needs."""
+        def total(x: Tensor, chosen: Tensor) -> Tensor:
+            return x.new_zeros(groups, x.shape[-1]).index_add(0, group[chosen], x[chosen])
+        one = h.new_ones(len(h), 1)
+        return {"text": total(h, text), "voice": total(h, voice), "square": total(h.square(), voice),
+                "texts": total(one, text), "voices": total(one, voice)}
+
+    def remember(self, history: FrameBatch) -> Slots:
+        """Encode earlier turns to slots, with gradient: the newest max_slots turns of each row."""
+        h = self(history)
+        valid = history.turn >= 0
+        voice = valid & history.mask[..., 0]
+        first = torch.where(valid, history.turn, torch.iinfo(torch.long).max).min(1, keepdim=True).values
+        local = torch.where(valid, history.turn - first, 0)                    # (B, S)
+        M = int(local.max()) + 1
+        row = torch.arange(history.B, device=h.device).unsqueeze(1)
+        sums = self._sums(h.flatten(0, 1), voice.flatten(), (valid & ~voice).flatten(), (row * M + local).flatten(), history.B * M)
+        semantic, prosodic = self.memory_writer(sums)
+        there = (sums["texts"] + sums["voices"]).view(history.B, M) > 0
+        turn = torch.where(there, first + torch.arange(M, device=h.device), -1)
+        slots = Slots(semantic.view(history.B, M, -1), prosodic.view(history.B, M, -1), turn)
+        return slots[slice(-self.cfg.memory.max_slots, None)]
+
+    def _gather(self, h: Tensor, batch: FrameBatch, state: DecodeState) -> None:
+        valid = batch.turn >= 0
+        for turn in batch.turn[valid].unique().tolist():
+            if turn != state.current:
+                self.end_turn(state)
+                state.current = turn
+            here = batch.turn == turn
+            voice = (here & batch.mask[..., 0]).flatten()
+            row = torch.arange(batch.B, device=h.device).unsqueeze(1).expand(-1, batch.S).flatten()
+            sums = self._sums(h.flatten(0, 1), voice, here.flatten() & ~voice, row, batch.B)
+            state.gathered = {k: v + state.gathered[k] if state.gathered else v for k, v in sums.items()}
+
+    def end_turn(self, state: DecodeState) -> None:
+        """Write one semantic and one prosodic slot from what the state gathered since the turn began.
+
+        A turn that already has slots (it was only prefilled again) is not written twice.
+        """
+        gathered, turn = state.gathered, state.current
+        state.gathered, state.current = {}, -1
+        if self.memory_writer is None or not gathered or (state.slots is not None and bool((state.slots.turn == turn).any())):
+            return
+        semantic, prosodic = self.memory_writer(gathered)
+        there = (gathered["texts"] + gathered["voices"])[:, 0] > 0
+        new = Slots(semantic.unsqueeze(1), prosodic.unsqueeze(1), torch.where(there, turn, -1).unsqueeze(1))
+        old = state.slots
+        state.slots = new if old is None else Slots(*(torch.cat([getattr(old, f.name), getattr(new, f.name)], 1) for f in fields(Slots)))
+
+    def new_state(self, batch_size: int = 1, max_positions: int | None = None, device=None, dtype=None) -> DecodeState:
+        """An empty state for `batch_size` conversations in lockstep (padding where one has nothing to add)."""
+        weight = self.text_embeddings.weight
+        return DecodeState(self.cfg, batch_size, max_positions or self.cfg.backbone.max_positions, device or weight.device, dtype or weight.dtype)
+
+    # ---- losses
+
+    def loss(self, batch: FrameBatch, history: FrameBatch | None = None, lexicon: tuple[Tensor, Tensor] | None = None,
+             generator: torch.Generator | None = None) -> dict:
+        """Unnormalised sums and counts per term, and "metrics" (for logging, also sum and count).
+
+        history: earlier turns, encoded to memory slots. lexicon: (text (M, L) padded with pad_id, phones (M, P)
+        padded with 0) for the letters-to-phones term. generator: picks the frames of the depth decoder.
+        """
+        slots = self.remember(history) if history is not None and self.memory_writer is not None else None
+        h, plan = self._encode(batch, memory=slots)
+        h = h.flatten(0, 1)
+        valid = batch.turn >= 0
+        voice = valid & batch.mask[..., 0]
+        out, metrics = {}, {}
+        self._audio_loss(h, batch, voice, generator, out, metrics)
+        if self.text_head is not None:
+            self._text_loss(h, batch, valid & ~voice, out)
+        if self.advance_head is not None:
+            self._advance_loss(h, batch, voice, out, metrics)
+        if self.reader is not None and self.reader.phone_head is not None:
+            self._phone_loss(batch, plan.runs, lexicon, h, out)
+        return out | {"metrics": metrics}
+
+    @staticmethod
+    def _before(batch: FrameBatch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """target (B, S) bool -> flat indices of the positions before the targets, and of the targets; same turn only."""
+        after = target.clone()
+        after[:, 0] = False
+        after[:, 1:] &= batch.turn[:, 1:] == batch.turn[:, :-1]
+        at = after.flatten().nonzero()[:, 0]
+        return at - 1, at
+
+    def _audio_loss(self, h, batch, voice, generator, out, metrics) -> None:
+        K = self.cfg.num_codebooks
+        source, target = self._before(batch, voice if batch.audio_loss is None else voice & batch.audio_loss)
+        codes = batch.frames.flatten(0, 1)[target, :K]                         # (n, K)
+        n, h = len(source), h.index_select(0, source)
+        logits = self.c0_logits(h)
+        out["c0"] = F.cross_entropy(logits, codes[:, 0], reduction="sum"), n
+        metrics["c0_accuracy"] = (logits.detach().argmax(-1) == codes[:, 0]).sum(), n
+        m = max(min(n, 1), int(n * self.cfg.depth_fraction))
+        pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device)
+        codes = codes[pick]
+        logits = torch.bmm(self._depth_hidden(h.index_select(0, pick), codes), self.audio_head)  # (K - 1, m, V)
+        each = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].T.flatten(), reduction="none").view(K - 1, m).sum(1)
+        out["depth"] = each.sum(), m * (K - 1)
+        for k, value in enumerate(each.detach(), start=1):
+            metrics[f"depth_{k}"] = value, m
+
+    def _text_loss(self, h, batch, text, out) -> None:
+        token = batch.frames[..., -1]
+        plain = (token < self.cfg.pad_id) | (token == self.cfg.eot_id)
+        source, target = self._before(batch, text & (plain if batch.text_loss is None else batch.text_loss))
+        logits = self.text_logits(h.index_select(0, source))
+        out["text"] = F.cross_entropy(logits, token.flatten()[target], reduction="sum"), len(source)
+
+    def _advance_loss(self, h, batch, voice, out, metrics) -> None:
+        known = voice & (batch.reading >= 0)
+        source, target = self._before(batch, known)
+        inside = known.flatten()[source]                                       # the position before must be a frame too
+        source, target = source[inside], target[inside]
+        reading = batch.reading.flatten()
+        wanted = (reading[target] - reading[source]).clamp(0, self.cfg.cross.max_advance)
+        logits = self.advance_logits(h.index_select(0, source))
+        out["advance"] = F.cross_entropy(logits, wanted, reduction="sum"), len(source)
+        metrics["advance_accuracy"] = (logits.detach().argmax(-1) == wanted).sum(), len(source)
+
+    def _phone_loss(self, batch, runs: Runs | None, lexicon, h, out) -> None:
+        total, count = h.new_zeros(()), 0
+        if batch.phones is not None and runs is not None:
+            row = runs.queries.flat.new_zeros(len(runs.filled))
+            row[runs.queries.slot // runs.queries.shape[1]] = runs.queries.flat // batch.S
+            filled = runs.filled.repeat_interleave(2, 1)                       # (R, 2 L)
+            spread = pack(filled, row.repeat_interleave(filled.sum(1)), batch.B)
+            logits = spread.spread(self.reader.phone_logits(runs.read).flatten(0, 1)[spread.flat])
+            lengths = torch.bincount(row, filled.sum(1).float(), minlength=batch.B).long()
+            total, count = self._ctc(logits, lengths, batch.phones)
+        if lexicon is not None:
+            tokens, phones = lexicon
+            filled = tokens != self.cfg.pad_id
+            read = self.reader(tokens, filled)
+            part, n = self._ctc(self.reader.phone_logits(read), 2 * filled.sum(1), phones)
+            total, count = total + part, count + n
+        out["phones"] = total, count
+
+    @staticmethod
+    def _ctc(logits: Tensor, lengths: Tensor, phones: Tensor) -> tuple[Tensor, int]:
+        """logits (R, T, phones), lengths (R,), phones (R, P) padded with 0 -> summed CTC loss, number of phones."""
+        there = phones > 0
+        loss = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), phones[there], lengths, there.sum(1),
+                          blank=0, reduction="sum", zero_infinity=True)
+        return loss, int(there.sum())
