@@ -345,7 +345,7 @@ def summary(stamps: list[dict], setup_seconds: float, total: float) -> str:
     for stamp in stamps:
         memory = f"{stamp['peak_memory_mb'] / 1000:.1f} GB" if stamp["peak_memory_mb"] else "unknown"
         took = "skipped" if stamp.get("skipped") else human_time(stamp["seconds"])
-        lines.append(f"{stamp["name"]:10s} {took:>14s} {memory:>12s}")
+        lines.append(f"{stamp['name']:10s} {took:>14s} {memory:>12s}")
     lines += [f"{'all':10s} {human_time(total):>14s}", "", "made:"]
     return "\n".join(lines + [f"  {name}" for stamp in stamps for name in stamp["outputs"]])
 
