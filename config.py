@@ -275,7 +275,7 @@ class CodecTrainConfig:
     resume: str = ""
     max_steps: int = 20000
     minutes: float = 0.0
-    batch: int = 12
+    batch: int = 8
     seconds: float = 1.92             # length of a training crop; a whole number of frames
     lr: float = 1e-3
     warmup_steps: int = 200
@@ -284,7 +284,7 @@ class CodecTrainConfig:
     weight_decay: float = 0.01
     dropout_probability: float = 0.5  # quantiser dropout: share of crops decoded from fewer codebooks
     noise_probability: float = 0.3    # share of crops whose later codes are exchanged, as a model would mis-sample them
-    ema: float = 0.99                 # codebook decay
+    ema: float = 0.995                # codebook decay
     precision: str = "bf16"
     eval_every: int = 1000
     save_every: int = 500
