@@ -235,6 +235,7 @@ class TrainConfig:
     codec: str = "pretrained/codec"
     init_from: str = ""               # weights to start from; empty: the shipped ones of this size where they exist
     from_scratch: bool = False
+    init_lr_scale: float = 0.2        # factor on both learning rates when starting from trained weights
     resume: str = ""
     max_steps: int = 100
     batch_positions: int = 4096       # sequence positions per micro-batch (length-packed)
@@ -255,9 +256,9 @@ class TrainConfig:
     save_every: int = 100
     sample_every: int = -1            # audio sample; -1: only at the end
     log_every: int = 10
-    minutes: float = 0.0              # stop (and save) after this many minutes; 0: no limit
+    minutes: float = 0.0              # the run lasts this long (schedule included), whatever max_steps says; 0: max_steps counts
     seed: int = 1234
-    num_workers: int = 0
+    num_workers: int = 0              # batches prepared ahead by a thread
     device: str = "auto"
     wandb: str = "offline"            # online | offline | disabled
 
