@@ -79,7 +79,7 @@ SPELLINGS = {
 } | {f"{w}'s": f"{w} is" for w in "it that what he she there here where who how".split()}
 ENDINGS = (("n't", " not"), ("'re", " are"), ("'ve", " have"), ("'ll", " will"), ("'m", " am"), ("'d", " would"))
 FILLERS = {"hmm", "hm", "mm", "mmm", "mhm", "uh", "um", "er", "erm", "huh"}   # ASR leaves these out at will
-UNITS = {"%": "percent", "&": "and", "+": "plus", "=": "equals", "@": "at", "°": "degrees"}
+UNITS = {"%": "percent", "&": "and", "+": "plus", "=": "equals", "@": "at", "\u00b0": "degrees"}
 
 
 def _number(text: str, **kind) -> str:
@@ -127,7 +127,7 @@ def _expand(word: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def normalise_words(text: str) -> tuple[str, ...]:
     """Text -> the words that count: lower-case, no punctuation, numbers and contractions written out, fillers dropped."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'").replace("‘", "'")
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'").replace("\u2018", "'")
     text = spell_numbers(text)
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
@@ -346,6 +346,22 @@ def pitch_statistics(audio, rate: int = RATE) -> dict:
             "spread_semitones": float(np.std(12 * np.log2(voiced))), "voiced_fraction": float(np.mean(f0 > 0)), "reason": None}
 
 
+def pitch_error(reference, other, rate: int = RATE) -> dict | None:
+    """{semitones: median distance where both are voiced, voicing_agreement: share of frames}; None where not comparable.
+
+    Both (N,) and aligned in time; the longer one is cut.
+    """
+    n = min(len(as_audio(reference)), len(as_audio(other)))
+    a, b = as_audio(reference)[:n], as_audio(other)[:n]
+    if unjudgeable(a, rate) or unjudgeable(b, rate):
+        return None
+    f0, g0 = pitch_track(a, rate)[1], pitch_track(b, rate)[1]
+    both = (f0 > 0) & (g0 > 0)
+    if both.sum() < 10:
+        return None
+    return {"semitones": float(np.median(np.abs(12 * np.log2(f0[both] / g0[both])))), "voicing_agreement": float(np.mean((f0 > 0) == (g0 > 0)))}
+
+
 # ----------------------------------------------------------------------------- statistics
 
 def bootstrap_interval(values, weights=None, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> dict:
@@ -366,6 +382,14 @@ def bootstrap_interval(values, weights=None, confidence: float = 0.95, draws: in
         tail = 50 * (1 - confidence)
         result["low"], result["high"] = (float(x) for x in np.percentile(means, [tail, 100 - tail]))
     return result
+
+
+def separation(high: list, low: list) -> float | None:
+    """Chance that a score of `high` exceeds one of `low` (area under the ROC curve; 0.5 = cannot tell). None left out."""
+    high, low = (np.array([v for v in values if v is not None], dtype=np.float64) for values in (high, low))
+    if not len(high) or not len(low):
+        return None
+    return float(np.mean((high[:, None] > low) + 0.5 * (high[:, None] == low)))
 
 
 def judge_speech(audio, text: str | None = None, rate: int = RATE, asr: str = "tiny.en") -> dict:

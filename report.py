@@ -514,8 +514,9 @@ for(const box of document.querySelectorAll('.player')){
 }
 """
 
-ABOUT = ("A conversational speech model, small enough to learn and to talk on a laptop, read the lines below aloud. It heard the earlier turns while it spoke, and nothing here "
-         "was picked or edited. A recogniser that has never seen the texts (Whisper tiny.en) wrote down what it understood; every word that differs is marked.")
+ABOUT = "A conversational speech model, small enough to learn and to talk on a laptop"
+SPOKE = " It read the lines below aloud, hearing the earlier turns while it spoke; nothing here was picked or edited."
+HEARD = " A recogniser that has never seen the texts (Whisper {asr}) wrote down what it understood; every word that differs is marked."
 LEGEND = ('<p class="legend"><span><i style="width:54px;height:12px;background:linear-gradient(90deg,#0f1022,#6b2a7f,#ee6a5f,#fdf0b8)"></i>energy, 0 to 8 kHz upwards</span>'
           '<span><i style="width:22px;height:3px;background:#18b6cc"></i>pitch, 60 to 500 Hz upwards</span><span><del>word</del> said but not heard</span><span><ins>word</ins> heard instead</span></p>')
 
@@ -549,10 +550,11 @@ def page(results: dict | None, summary: dict, metrics: list[dict], steps: list[d
     body += section("steps", "What it took", "Each step of the experiment, its time and its largest memory.", steps_html(steps))
     body += section("machine", "Where and with what", "", machine_html(manifest, results))
     body += section("files", "Files", "Addresses are relative to this page.", files_html(results, args, here))
+    about = ABOUT + "." + (SPOKE if results else "") + (HEARD.format(asr=esc(args.asr)) if results and not args.no_judges else "")
     names = {"turns": "Single turns", "talk": "Conversation", "voices": "Voices", "speed": "Speed", "training": "Training", "steps": "Steps", "machine": "Machine", "files": "Files"}
     nav = "".join(f'<a href="#{key}">{name}</a>' for key, name in names.items() if f'id="{key}"' in body)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>A model that talks</title>'
-            f'<style>{CSS}</style></head><body><main><div class="hero"><h1>A model that talks</h1><p class="lead">{ABOUT}</p>{tiles_html(summary) if summary else ""}<nav>{nav}</nav></div>'
+            f'<style>{CSS}</style></head><body><main><div class="hero"><h1>A model that talks</h1><p class="lead">{about}</p>{tiles_html(summary) if summary else ""}<nav>{nav}</nav></div>'
             f'{body}<footer>Written by <code>python report.py</code> on {esc(manifest.get("time"))} from the files named above. Numbers that were not measured are not shown.</footer>'
             f'</main><script>{SCRIPT}</script></body></html>')
 
