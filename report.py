@@ -22,6 +22,7 @@ import config
 SPECTRUM_TOP = 8000.0                      # Hz, upper edge of the spectrograms
 PITCH_RANGE = (60.0, 500.0)                # Hz, the overlay's own logarithmic scale
 RAMP = ("0f1022", "2a1f5c", "6b2a7f", "b43a78", "ee6a5f", "fbb26a", "fdf0b8")   # quiet to loud
+STEPS = ("setup", "collect", "tokenise", "train", "demo", "report")
 TERMS = {"c0": "first codebook", "depth": "other codebooks", "text": "text", "advance": "reading pace", "phones": "letters to phones"}
 
 
@@ -160,6 +161,12 @@ def read_json(path: Path):
         raise ValueError(f"{path} is not valid JSON ({error}): run the step that writes it again") from None
 
 
+def read_steps(folder: Path) -> list[dict]:
+    """Finished steps of run_experiment.py in their order."""
+    found = [s for s in map(read_json, sorted(folder.glob("*.json"))) if isinstance(s, dict) and s.get("state") in (None, "done")]
+    return sorted(found, key=lambda s: STEPS.index(s["name"]) if s.get("name") in STEPS else len(STEPS))
+
+
 def judge_turn(turn: dict, folder: Path, judging: bool, asr: str) -> dict:
     """A turn of results.json with its sound, real-time factor, and what the judges say."""
     import audio_io
@@ -179,6 +186,8 @@ def judge_turn(turn: dict, folder: Path, judging: bool, asr: str) -> dict:
 def judge_demo(folder: Path, judging: bool = True, asr: str = "tiny.en") -> dict | None:
     """results.json of demo.py with every turn judged; None where there is none."""
     from tqdm import tqdm
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give --demo the folder that demo.py wrote")
     results = read_json(folder / "results.json")
     if results is None:
         return None
@@ -382,7 +391,17 @@ def training_html(rows: list[dict]) -> str:
         body += f'<figure class="panel"><figcaption>Loss over steps {keys}</figcaption>{line_chart(total, 1000, 300, "loss over training steps")}</figure>'
     small = "".join(f'<figure class="panel"><figcaption>{TERMS[name]}</figcaption>{line_chart(parts, 340, 190, TERMS[name])}</figure>'
                     for name, parts in sorted(terms.items(), key=lambda item: list(TERMS).index(item[0])))
-    return body + f'<div class="multiples">{small}</div>'
+    return body + f'<div class="multiples">{small}{codebooks_html(rows)}</div>'
+
+
+def codebooks_html(rows: list[dict]) -> str:
+    """Validation loss of every codebook, at the first and at the last look."""
+    looks = [row for row in rows if isinstance(row.get("validation_per_codebook"), list)]
+    if not looks:
+        return ""
+    series = {f"step {row['step']}": list(enumerate(row["validation_per_codebook"], 1)) for row in ([looks[0], looks[-1]] if len(looks) > 1 else looks)}
+    keys = "".join(f'<span class="key s{i}">{name}</span>' for i, name in enumerate(series))
+    return f'<figure class="panel"><figcaption>validation by codebook {keys}</figcaption>{line_chart(series, 340, 190, "validation loss by codebook")}</figure>'
 
 
 def steps_html(steps: list[dict]) -> str:
@@ -587,7 +606,7 @@ def run(args) -> int:
     import runtime
     results = judge_demo(Path(args.demo), not args.no_judges, args.asr)
     summary = summarise(results)
-    steps = [s for s in map(read_json, sorted(Path(args.steps).glob("*.json"), key=lambda p: p.stat().st_mtime)) if isinstance(s, dict)]
+    steps = read_steps(Path(args.steps))
     manifest = runtime.run_manifest()
     text = page(results, summary, runtime.read_metrics(Path(args.checkpoints) / "metrics.jsonl"), steps, manifest, args, audio_io.SAMPLE_RATE)
     runtime.atomic_write(args.output, text)

@@ -74,12 +74,17 @@ def test_latency_voices_and_endings(demo):
 
 def test_training_and_steps(tmp_path):
     (tmp_path / "ckpt").mkdir()
-    rows = [{"step": s, "loss": 7.0 - s / 50, "c0": 6.9 - s / 50} for s in range(0, 100, 2)] + [{"step": 90, "val_loss": 5.4}]
+    rows = [{"step": s, "loss": 7.0 - s / 50, "c0": 6.9 - s / 50} for s in range(0, 100, 2)] + [
+        {"step": s, "validation_loss": 5.4, "validation_per_codebook": [4.0, 5.0, v]} for s, v in ((0, 6.93), (90, 5.5))]
     (tmp_path / "ckpt" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "train.json").write_text(json.dumps({"name": "train", "seconds": 330, "peak_memory_mb": 3900}))
+    (tmp_path / "steps" / "setup.json").write_text(json.dumps({"name": "setup", "state": "done", "seconds": 20}))
+    (tmp_path / "steps" / "demo.json").write_text(json.dumps({"name": "demo", "state": "running", "seconds": 77}))
     text, _ = run(tmp_path)
     assert "first codebook" in text and "validation" in text and "5.40" in text and "5.5 min" in text and "3,900 MB" in text
+    assert "validation by codebook" in text and "6.93" in text and "5.50" in text
+    assert text.index("</i>setup") < text.index("</i>train") and "77 s" not in text       # in order, finished steps only
 
 
 def test_empty_folder_gives_a_page_that_says_not_yet(tmp_path):
@@ -95,6 +100,12 @@ def test_given_turns_and_missing_sound(tmp_path):
     text, numbers = run(tmp_path, "--no_judges")
     assert "given, not generated" in text and text.count("No sound was written") == 2
     assert numbers["summary"]["wer"] is None and numbers["summary"]["generated"] == 1 and "wrote down" not in text
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("x")
+    assert report.main(["--demo", str(tmp_path / "x.txt"), "--output", str(tmp_path / "r.html")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])
