@@ -213,14 +213,16 @@ def cosine_lr(step: int, max_steps: int, warmup_steps: int = 0, min_ratio: float
 class MetricsLog:
     """Appends one JSON object per call to folder/metrics.jsonl, and to W&B where that is wanted and works.
 
-    start_step > 0 (a resumed run) drops the lines from that step on: they will be written again.
+    start_step > 0 (a resumed run) drops the lines that will be written again: those of that step on, its validation aside.
     W&B never asks for an account and its failure never stops a run: a line on stderr says so.
     """
 
     def __init__(self, folder, config: dict | None = None, wandb: str = "disabled", start_step: int = 0, name: str | None = None):
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line.get("step", 0) < start_step] if start_step else []
+        def old(line):
+            return line["step"] < start_step or (line["step"] == start_step and line.get("kind") == "validation")
+        kept = [line for line in read_metrics(self.path) if old(line)] if start_step else []
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.run = _start_wandb(Path(folder), config or {}, wandb, name)
 

@@ -1,0 +1,538 @@
+"""Train the CSM model. One file for every size (--model_size), machine and number of GPUs.
+
+    python train.py --max_steps 100                          # from the shipped weights of this size where there are some
+    python train.py --from_scratch --minutes 60              # an hour on this machine
+    python train.py --resume checkpoints/last.pt             # exactly where it stopped, with its own settings
+    torchrun --nproc_per_node 8 train.py --model_size small  # one process per GPU
+
+Writes checkpoints/last.pt and best_model.pt (by validation loss, averaged weights inside), metrics.jsonl,
+loss.png and samples/. Order of the loop: validate, sample, save, stop, step, log.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from argparse import SUPPRESS
+from pathlib import Path
+
+from config import ModelConfig, Parser, TrainConfig, add_flags, from_dict, from_flags, model_preset, to_dict
+from runtime import Ranks, human_time, plain_errors
+
+EARLY_SHARE, EARLY_SECONDS = 0.3, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
+SAMPLES = ("Hello, how are you today?", "I am so sorry to hear that.", "The bus leaves at seven, so please do not be late.")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description="Train the CSM model.", epilog="With --minutes the run lasts that long and --max_steps does not count.")
+    add_flags(parser, TrainConfig)
+    return parser
+
+
+if __name__ == "__main__":       # --help and wrong flags are answered before torch is loaded
+    build_parser().parse_args()
+
+import torch                     # noqa: E402
+from torch import Tensor, nn     # noqa: E402
+from tqdm import tqdm            # noqa: E402
+
+import runtime                   # noqa: E402
+from architecture import CSM, FrameBatch  # noqa: E402
+from checkpoint import check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
+from dataset_pipeline import ConversationDataset, Prefetch, Stage, phone_ids, read_index  # noqa: E402
+
+
+# ----------------------------------------------------------------------------- settings
+
+def read_settings(argv) -> tuple[TrainConfig, dict | None]:
+    """Flags -> (settings, contents of the file to resume from or None). A resumed run keeps its settings except for flags given now."""
+    parser = build_parser()
+    cfg = from_flags(TrainConfig, parser.parse_args(argv))
+    if not cfg.resume:
+        return cfg, None
+    for action in parser._actions:
+        action.default = SUPPRESS
+    given = vars(parser.parse_args(argv))
+    saved = load_training(cfg.resume)
+    return from_dict(TrainConfig, saved["train_config"] | given), saved
+
+
+def build_model(cfg: TrainConfig, saved: dict | None, codec_fingerprint: str) -> tuple[CSM, str]:
+    """The model to train, and a plain word on where its weights come from."""
+    if saved is not None:
+        check_codec(cfg.resume, saved["codec_fingerprint"], codec_fingerprint)
+        model = CSM(from_dict(ModelConfig, saved["config"]))
+        model.load_state_dict(saved["model"])
+        return model.train(), f"resumed from {cfg.resume} at step {saved['step']}"
+    shipped = find(cfg.init_from or f"pretrained/{cfg.model_size}")
+    if not cfg.from_scratch and (cfg.init_from or shipped.exists()):
+        return load_model(shipped, codec_fingerprint=codec_fingerprint).train(), f"starting from {shipped}"
+    model = CSM(model_preset(cfg.model_size))
+    model.init_weights(torch.Generator().manual_seed(cfg.seed), open_gates=True)
+    return model.train(), "starting from scratch"
+
+
+# ----------------------------------------------------------------------------- optimisers
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters for Muon (hidden matrices), AdamW with decay (embeddings and heads) and AdamW without (all that is small)."""
+    hidden = {name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name}
+    matrices, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if name in hidden and parameter.dim() == 2:
+            matrices.append(parameter)
+        else:
+            (decayed if parameter.dim() >= 2 and ("embedding" in name or "head" in name) else plain).append(parameter)
+    return matrices, decayed, plain
+
+
+def build_optimisers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices (muon_lr 0: none) and AdamW for the rest; each group remembers its base_lr."""
+    matrices, decayed, plain = split_parameters(model)
+    optimisers: list[torch.optim.Optimizer] = []
+    if cfg.muon_lr > 0:
+        optimisers.append(torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95))
+    else:
+        decayed = matrices + decayed
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimisers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimisers
+
+
+class Average:
+    """Exponential moving average of the parameters; its decay warms up, so that short runs are averaged over their end only."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.count = decay, 0
+        self.names = [n for n, _ in model.named_parameters()]
+        self.live = [p for _, p in model.named_parameters()]
+        self.values = [p.detach().clone() for p in self.live] if decay > 0 else []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.values:
+            decay = min(self.decay, (1 + self.count) / (10 + self.count))
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.live], 1 - decay)
+            self.count += 1
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the model holds the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.live if self.values else ()):
+            parameter.data, self.values[i] = self.values[i], parameter.data
+
+    def state(self) -> dict:
+        return {"weights": dict(zip(self.names, self.values)) if self.values else None, "count": self.count}
+
+    def load(self, weights: dict | None, count: int) -> None:
+        self.count = count
+        for name, value in zip(self.names, self.values):
+            if weights is not None:
+                value.copy_(weights[name])
+
+
+# ----------------------------------------------------------------------------- loss
+
+class Lexicon:
+    """Bare words for the letters-to-phones loss."""
+
+    def __init__(self, words: list[tuple[str, str]], tokenizer):
+        pairs = [(tokenizer.encode(word), phone_ids(phones)) for word, phones in words]
+        self.pairs, self.pad = [(t, p) for t, p in pairs if 0 < len(p) <= 2 * len(t)], tokenizer.pad
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """count words -> tokens (count, L), phones (count, P) padded with 0."""
+        chosen = [self.pairs[i] for i in torch.randint(len(self.pairs), (count,), generator=generator).tolist()]
+        tokens, phones = zip(*((torch.tensor(t), torch.tensor(p)) for t, p in chosen))
+        pad = nn.utils.rnn.pad_sequence
+        return pad(tokens, batch_first=True, padding_value=self.pad), pad(phones, batch_first=True)
+
+
+def load_lexicon(count: int, model_cfg: ModelConfig, tokenizer) -> Lexicon | None:
+    """Words of the training split with their phones; None when the model or the flags have no use for them."""
+    if not count or not (model_cfg.cross.enabled and model_cfg.cross.phone_head):
+        return None
+    try:
+        from synthetic_conversations import lexicon
+        return Lexicon(lexicon("train"), tokenizer)
+    except ImportError as error:
+        print(f"note: no pronouncing lexicon ({error}): training without it", file=sys.stderr)
+        return None
+
+
+def target_counts(model: CSM, batch: FrameBatch, lexicon: tuple[Tensor, Tensor] | None) -> dict[str, int]:
+    """What CSM.loss will count per term, known before the forward pass: micro-batches share one normaliser."""
+    cfg, valid = model.cfg, batch.turn >= 0
+    voice = valid & batch.mask[..., 0]
+    n = len(model._before(batch, voice & batch.audio_loss)[0])
+    counts = {"c0": n, "depth": max(min(n, 1), int(n * cfg.depth_fraction)) * (cfg.num_codebooks - 1)}
+    if model.text_head is not None:
+        counts["text"] = len(model._before(batch, valid & ~voice & batch.text_loss)[0])
+    if model.advance_head is not None:
+        known = voice & (batch.reading >= 0)
+        counts["advance"] = int(known.flatten()[model._before(batch, known)[0]].sum())
+    if model.reader is not None and model.reader.phone_head is not None:
+        counts["phones"] = sum(int((p > 0).sum()) for p in (batch.phones, lexicon and lexicon[1]) if p is not None)
+    return counts
+
+
+def weighted_loss(terms: dict, counts: dict[str, float], weights: dict[str, float]) -> Tensor:
+    """Sum over terms of weight x sum / number of targets (of all micro-batches and ranks)."""
+    return sum(weights.get(name, 0.0) * terms[name][0] / max(1, count) for name, count in counts.items())
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2 ** 63 - 1)
+    return seed
+
+
+# ----------------------------------------------------------------------------- the run
+
+class Trainer:
+    """One run: everything the loop needs, and the loop."""
+
+    def __init__(self, cfg: TrainConfig, saved: dict | None = None, ranks: Ranks = Ranks()):
+        self.cfg, self.ranks = cfg, ranks
+        self.device = runtime.pick_device(cfg.device)
+        runtime.set_seed(cfg.seed + ranks.rank)
+        self.codec_fingerprint = read_index(cfg.data)["codec_fingerprint"]
+        self.model, self.origin = build_model(cfg, saved, self.codec_fingerprint)
+        self.model.to(self.device)
+        self.curriculum = self.origin == "starting from scratch" if saved is None else saved["curriculum"]
+        self.lr_scale = 1.0 if self.curriculum else cfg.init_lr_scale
+        self.weights = self.model.cfg.loss_weights
+        options = {"codec_fingerprint": self.codec_fingerprint, "batch_positions": cfg.batch_positions}
+        self.data = ConversationDataset(cfg.data, self.model.cfg, "train", seed=cfg.seed, ranks=ranks, **options)
+        held_out = ConversationDataset(cfg.data, self.model.cfg, "validation", seed=0, **options)
+        self.validation_batches = held_out.fixed_batches(cfg.eval_batches, cfg.max_context_turns)
+        self.lexicon = load_lexicon(cfg.lexicon_words, self.model.cfg, self.data.tokenizer)
+        self.optimisers = build_optimisers(self.model, cfg)
+        self.average = Average(self.model, cfg.ema)
+        self.step, self.minutes, self.best, self.validation = 0, 0.0, math.inf, {}
+        self.loader_state = self.data.state_dict()
+        if saved is not None:
+            self._restore(saved)
+        self.first_step, self.interrupted, self.saved_step = self.step, False, -1
+        if cfg.compile:
+            self.model.backbone.compile(dynamic=True)
+            self.model.decoder.compile(dynamic=True)
+
+    def _restore(self, saved: dict) -> None:
+        for optimiser, state in zip(self.optimisers, saved["optimizer"]):
+            optimiser.load_state_dict(state)
+        self.average.load(saved["ema"], saved["ema_count"])
+        self.step, self.minutes, self.best, self.validation = saved["step"], saved["minutes"], saved["best"], saved["validation"]
+        self.loader_state = saved["loader"]
+        self.data.load_state_dict(saved["loader"])
+        runtime.set_rng_state(saved["rng"])
+
+    # ---- where the run stands
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, by time where --minutes is set, else by steps."""
+        return self.minutes / self.cfg.minutes if self.cfg.minutes > 0 else self.step / self.cfg.max_steps
+
+    def stage(self) -> Stage:
+        """Short single turns first, then turns with context."""
+        if self.curriculum and self.progress < EARLY_SHARE:
+            return Stage(0, EARLY_SECONDS)
+        return Stage(self.cfg.max_context_turns)
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step > self.first_step
+
+    # ---- one step
+
+    def _draw(self) -> list[tuple]:
+        """This step's micro-batches: (batch, history, lexicon words, generator of the depth decoder's frames), on the device."""
+        drawn = []
+        for number in range(self.cfg.accumulate):
+            batch, history, self.loader_state = self.next_batch()
+            seed = _mix(self.cfg.seed, self.step, number, self.ranks.rank)
+            words = self.lexicon and self.lexicon.draw(self.cfg.lexicon_words, torch.Generator().manual_seed(seed))
+            drawn.append((batch.to(self.device), history and history.to(self.device),
+                          words and tuple(w.to(self.device) for w in words), torch.Generator().manual_seed(seed)))
+        return drawn
+
+    def _counts(self, drawn: list[tuple]) -> dict[str, float]:
+        """Valid targets per term over the micro-batches and all ranks."""
+        each = [target_counts(self.model, batch, words) for batch, _, words, _ in drawn]
+        names = list(each[0])
+        total = self.ranks.sum(torch.tensor([sum(c[n] for c in each) for n in names], dtype=torch.float64, device=self.device))
+        return dict(zip(names, total.tolist()))
+
+    def gradients(self) -> dict[str, float]:
+        """Forward and backward of one step; returns the mean of each loss term over its valid targets, and "loss"."""
+        drawn = self._draw()
+        counts, sums = self._counts(drawn), {}
+        for batch, history, words, generator in drawn:
+            with runtime.autocast(self.device, self.cfg.precision):
+                terms = self.model.loss(batch, history, words, generator)
+                loss = weighted_loss(terms, counts, self.weights)
+            self._require_finite(loss, "loss", batch)
+            loss.backward()
+            for name in counts:
+                sums[name] = sums.get(name, 0.0) + terms[name][0].detach().double()
+        self.last_batch = drawn[-1][0]
+        self._share_gradients()
+        total = self.ranks.sum(torch.stack([sums[n] for n in counts])).tolist()
+        means = {n: value / max(1.0, counts[n]) for n, value in zip(counts, total)}
+        return {"loss": sum(self.weights.get(n, 0.0) * v for n, v in means.items())} | means
+
+    def _share_gradients(self) -> None:
+        """Sum of the gradients over ranks: the loss was divided by the targets of all of them."""
+        if self.ranks.world_size > 1:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            flat = torch.cat([p.grad.reshape(-1) for p in self.model.parameters()])
+            self.ranks.sum(flat)
+            for parameter, part in zip(self.model.parameters(), flat.split([p.numel() for p in self.model.parameters()])):
+                parameter.grad.copy_(part.view_as(parameter))
+
+    def update(self) -> tuple[float, float]:
+        """Clip, check, step; returns the gradient norm and the factor of the schedule."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        self._require_finite(norm, "gradient norm", self.last_batch)
+        factor = self.lr_scale * runtime.cosine_lr(self.step, self.cfg.max_steps, self.cfg.warmup_steps, self.cfg.min_lr_ratio, self.progress)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = factor * group["base_lr"]
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.average.update()
+        return float(norm), factor
+
+    def _require_finite(self, value: Tensor, what: str, batch: FrameBatch) -> None:
+        if bool(torch.isfinite(value)):
+            return
+        path = Path(self.cfg.output) / f"nonfinite-{self.ranks.rank}.pt"
+        runtime.atomic_write(path, lambda file: torch.save({"step": self.step, **vars(batch.to("cpu"))}, file))
+        raise ValueError(f"the {what} of step {self.step} is not finite: weights were left as they were and the batch saved to {path}; "
+                         f"go on from {self.cfg.output}/last.pt with a lower --lr and --muon_lr, or --precision fp32")
+
+    # ---- validation, samples, files
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Mean of each term over the fixed validation batches with the averaged weights; keeps and returns it."""
+        sums: dict[str, list[float]] = {}
+        self.model.eval()
+        with self.average.applied():
+            for number, batch in enumerate(self.validation_batches):
+                with runtime.autocast(self.device, self.cfg.precision):
+                    terms = self.model.loss(batch.to(self.device), generator=torch.Generator().manual_seed(number))
+                metrics = terms.pop("metrics")
+                for name, (value, count) in (terms | metrics).items():
+                    entry = sums.setdefault(name, [0.0, 0.0])
+                    entry[0], entry[1] = entry[0] + float(value), entry[1] + float(count)
+        self.model.train()
+        means = {name: value / count for name, (value, count) in sums.items() if count}
+        depth = [means.pop(f"depth_{k}") for k in range(1, self.model.cfg.num_codebooks) if f"depth_{k}" in means]
+        self.validation = {"loss": sum(self.weights.get(n, 0.0) * v for n, v in means.items() if n in self.weights)} | means
+        self.validation["per_codebook"] = [means["c0"]] + depth
+        return self.validation
+
+    def save(self) -> Path:
+        """Write last.pt, with everything an exact resume needs."""
+        average = self.average.state()
+        self.saved_step = self.step
+        return save_training(
+            Path(self.cfg.output) / "last.pt", kind="csm", config=to_dict(self.model.cfg), model=self.model.state_dict(),
+            ema=average["weights"], ema_count=average["count"], optimizer=[o.state_dict() for o in self.optimisers],
+            step=self.step, minutes=self.minutes, best=self.best, validation=self.validation, curriculum=self.curriculum,
+            loader=self.loader_state, rng=runtime.rng_state(), codec_fingerprint=self.codec_fingerprint, train_config=to_dict(self.cfg))
+
+    def save_if_best(self) -> None:
+        """best_model.pt is last.pt of the moment with the lowest validation loss: one file under two names."""
+        if self.validation["loss"] < self.best:
+            self.best = self.validation["loss"]
+            link_file(self.save(), Path(self.cfg.output) / "best_model.pt")
+
+    def speak_samples(self) -> list[Path]:
+        """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing."""
+        from audio_io import write_audio
+        from checkpoint import load_codec
+        from config import SamplingConfig
+        from generation import Session
+        if not find(self.cfg.codec).exists():
+            return []
+        codec, paths = load_codec(self.cfg.codec), []
+        self.model.eval()
+        with self.average.applied(), torch.inference_mode():
+            for number, text in enumerate(SAMPLES):
+                session = Session(self.model, codec.to(self.device), self.data.tokenizer, SamplingConfig(max_seconds=8.0))
+                audio = torch.cat([torch.as_tensor(chunk).flatten().cpu() for chunk in session.speak(0, text)])
+                paths.append(Path(self.cfg.output) / "samples" / f"step{self.step:06d}-{number}.wav")
+                paths[-1].parent.mkdir(parents=True, exist_ok=True)
+                write_audio(paths[-1], audio.float().numpy())
+        self.model.train()
+        return paths
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Validate, sample, save, stop, step, log; once more at the end, so that the end needs no code of its own."""
+        cfg, main = self.cfg, self.ranks.main
+        self.metrics = runtime.MetricsLog(cfg.output, to_dict(cfg) | runtime.run_manifest(), cfg.wandb, self.step) if main else None
+        ahead = Prefetch(lambda: self.data.next_batch(self.stage()), cfg.num_workers) if cfg.num_workers else None
+        self.next_batch = ahead.get if ahead else lambda: self.data.next_batch(self.stage())
+        self.bar = tqdm(total=cfg.max_steps if not cfg.minutes else None, initial=self.step, unit="step", desc="training", disable=not main)
+        self.clock = time.monotonic()
+        try:
+            while True:
+                last = self.progress >= 1
+                stop = last or self.interrupted
+                if (last or self.due(cfg.eval_every) or self.step == 0) and not self.interrupted:
+                    self._evaluate(keep=self.step > self.first_step)
+                if (last or self.due(cfg.sample_every)) and main and not self.interrupted:
+                    self.speak_samples()
+                if (stop or self.due(cfg.save_every)) and main and self.saved_step != self.step:
+                    self.save()
+                if stop:
+                    break
+                self._step_and_log()
+        finally:
+            if ahead:
+                ahead.close()
+            self.bar.close()
+            if main:
+                self.metrics.close()
+        if main:
+            plot_losses(Path(cfg.output))
+
+    def _evaluate(self, keep: bool) -> None:
+        """Every rank validates (same batches, same result); the first one writes."""
+        values = self.validate()
+        if not self.ranks.main:
+            return
+        self.metrics.log(self.step, kind="validation", minutes=self.minutes, **{f"validation_{k}": v for k, v in values.items()})
+        text = "  ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float))
+        tqdm.write(f"step {self.step}: validation {text}" + (f"  (ln {self.model.cfg.audio_vocab} = {math.log(self.model.cfg.audio_vocab):.3f})" if not self.step else ""))
+        if keep:
+            self.save_if_best()
+
+    def _step_and_log(self) -> None:
+        before = self.clock
+        means = self.gradients()
+        norm, factor = self.update()
+        positions = int((self.last_batch.turn >= 0).sum())
+        self.step += 1
+        self.clock = time.monotonic()
+        seconds = self.clock - before
+        self._agree_on_time(seconds)
+        self.bar.update(1)
+        if not self.ranks.main:
+            return
+        if self.step == self.first_step + 2 and not self.cfg.minutes:
+            left = (self.cfg.max_steps - self.step) * seconds
+            tqdm.write(f"about {runtime.human_time(left)} for the remaining {self.cfg.max_steps - self.step} steps ({seconds:.2f} s each), peak memory so far {runtime.peak_memory_mb() or 0:.0f} MB")
+        self.bar.set_postfix_str(f"loss {means['loss']:.3f} c0 {means['c0']:.3f}", refresh=False)
+        if (self.step - 1) % self.cfg.log_every == 0 or self.progress >= 1:
+            self.metrics.log(self.step - 1, kind="train", **means, grad_norm=norm, lr_factor=factor, seconds=seconds, minutes=self.minutes,
+                             positions_per_second=positions * self.cfg.accumulate * self.ranks.world_size / seconds, padding=self.data.waste)
+
+    def _agree_on_time(self, seconds: float) -> None:
+        """Minutes and the wish to stop, the same on every rank."""
+        shared = self.ranks.sum(torch.tensor([seconds if self.ranks.main else 0.0, float(self.interrupted)], dtype=torch.float64, device=self.device))
+        self.minutes += float(shared[0]) / 60
+        self.interrupted = bool(shared[1] > 0)
+
+
+# ----------------------------------------------------------------------------- picture and main
+
+def plot_losses(folder: Path) -> Path | None:
+    """metrics.jsonl -> loss.png; None where there is nothing to draw or no matplotlib."""
+    lines = runtime.read_metrics(folder / "metrics.jsonl")
+    train, held = ([m for m in lines if m.get("kind") == kind] for kind in ("train", "validation"))
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not train:
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name in ("c0", "depth", "text", "advance", "phones"):
+        if any(m.get(name) is not None for m in train):
+            line, = axes.plot([m["step"] for m in train], [m.get(name) for m in train], label=name, alpha=0.6)
+            axes.plot([m["step"] for m in held], [m.get(f"validation_{name}") for m in held], "o--", color=line.get_color(), label=f"{name} (validation)")
+    axes.set(xlabel="step", ylabel="nats per target", title="Loss")
+    axes.legend(ncols=2, fontsize=8)
+    axes.grid(alpha=0.3)
+    runtime.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    return folder / "loss.png"
+
+
+def set_aside(output: Path) -> None:
+    """Move what an earlier run left in `output` to output/previous: a new run must not write over it."""
+    for name in ("last.pt", "best_model.pt", "metrics.jsonl", "loss.png"):
+        if (output / name).exists():
+            (output / "previous").mkdir(exist_ok=True)
+            (output / name).replace(output / "previous" / name)
+
+
+def stop_on_signals(trainer: Trainer) -> None:
+    """The first Ctrl-C (or SIGTERM) finishes the step and saves; the second one kills."""
+    def ask(number, frame):
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):       # not in the main thread
+            signal.signal(number, ask)
+
+
+def announce(trainer: Trainer) -> None:
+    cfg, model = trainer.cfg, trainer.model
+    million = sum(p.numel() for p in model.parameters()) / 1e6
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 + (cfg.ema > 0)) / 1e6
+    print(f"{model.cfg.name}: {million:.1f} M parameters, {trainer.origin}; {trainer.device}, {cfg.precision}; "
+          f"{len(trainer.data.targets)} training turns ({trainer.data.skipped} too long); about {held:.0f} MB for weights, gradients and optimiser", flush=True)
+    free = runtime.free_disk_mb(cfg.output)
+    if free < held:
+        raise ValueError(f"the checkpoints need about {held:.0f} MB and the disk of {cfg.output} has {free:.0f} MB free: free some space or change --output")
+
+
+@plain_errors
+def main(argv=None) -> int:
+    cfg, saved = read_settings(argv)
+    ranks = runtime.start_distributed(runtime.pick_device(cfg.device))
+    try:
+        trainer = Trainer(cfg, saved, ranks)
+        if ranks.main:
+            announce(trainer)
+        if trainer.progress >= 1:
+            print(f"{cfg.resume} is at step {trainer.step}: this run is over; raise --max_steps (or --minutes) to go on")
+            return 0
+        if saved is None and ranks.main:
+            set_aside(Path(cfg.output))
+        stop_on_signals(trainer)
+        trainer.run()
+        if ranks.main:
+            done = "interrupted: go on with --resume" if trainer.interrupted else "done:"
+            print(f"{done} {Path(cfg.output) / 'last.pt'} (step {trainer.step}), best validation loss {trainer.best:.4f}")
+        return 130 if trainer.interrupted else 0
+    finally:
+        runtime.stop_distributed(ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
