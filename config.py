@@ -293,7 +293,7 @@ class CodecTrainConfig:
     seed: int = 1234
     device: str = "auto"
     wandb: str = "offline"
-    loss_weights: dict = field(default_factory=lambda: {"mel": 1.0, "stft": 1.0, "phones": 1.0, "f0": 1.0, "voicing": 0.5, "commit": 0.25})
+    loss_weights: dict = field(default_factory=lambda: {"mel": 1.0, "stft": 1.0, "phones": 1.0, "f0": 1.0, "commit": 0.25})
 
 
 # ----------------------------------------------------------------------------- JSON and CLI

@@ -212,12 +212,15 @@ class SourceFilter(nn.Module):
         index = position[..., None] + torch.arange(self.fft, device=start.device)
         return self.noise[index % NOISE_TABLE]
 
-    def forward(self, harmonic: Tensor, noise: Tensor, f0: Tensor, voiced: Tensor, state: dict | None = None) -> tuple[Tensor, dict]:
-        """harmonic, noise (B, J, bands) log gains; f0 (B, J) Hz; voiced (B, J) in [0, 1] -> samples (B, J * hop), state."""
+    def forward(self, harmonic: Tensor, noise: Tensor, f0: Tensor, state: dict | None = None) -> tuple[Tensor, dict]:
+        """harmonic, noise (B, J, bands) log gains; f0 (B, J) Hz -> samples (B, J * hop), state.
+
+        There is no voiced flag: where speech is unvoiced the harmonic gain is low, so a doubtful frame costs little.
+        """
         B, J = f0.shape
         state = state or {"tail": f0.new_zeros(B, self.fft - self.hop), "phase": None, "hop": torch.zeros(B, dtype=torch.long, device=f0.device)}
         phase, phase_state = self.phases(f0, state["phase"])
-        pulse_spectrum = torch.fft.rfft(self.pulses(f0, phase) * (voiced[..., None] * self.window))
+        pulse_spectrum = torch.fft.rfft(self.pulses(f0, phase) * self.window)
         noise_spectrum = torch.fft.rfft(self.noise_frames(state["hop"], J) * self.window)
         spectrum = pulse_spectrum * self.minimum_phase(harmonic @ self.bands) + noise_spectrum * (noise @ self.bands).exp()
         frames = torch.fft.irfft(spectrum, n=self.fft) * (self.window * (2.0 / self.overlap))   # (B, J, fft)
@@ -261,12 +264,12 @@ class Codec(nn.Module):
         self.per_slot = cfg.slot_size // cfg.synth_hop
         self.refine = nn.Linear(D, self.per_slot * D)
         self.hop_decoder = ConvStack(fine, D, kernel=7)
-        self.head = nn.Linear(D, 2 * cfg.num_bands + 2)
+        self.head = nn.Linear(D, 2 * cfg.num_bands + 1)
         self.synth = SourceFilter(cfg)
         nn.init.normal_(self.head.weight, std=0.01)
         with torch.no_grad():
             self.head.bias.fill_(-5.0)
-            self.head.bias[-2:].fill_(-1.0)
+            self.head.bias[-1:].fill_(-1.0)
 
     # -- halves ------------------------------------------------------------------------------
 
@@ -280,16 +283,16 @@ class Codec(nn.Module):
         return x, {"past": past, "slot": slot, "frame": frame}
 
     def controls(self, z: Tensor, state: dict | None = None) -> tuple[tuple, dict]:
-        """latents (B, T, E) -> (harmonic, noise (B, J, bands), f0 Hz (B, J), voicing logit (B, J)), J = 10 ms hops."""
+        """latents (B, T, E) -> (harmonic, noise (B, J, bands), f0 Hz (B, J)), J = 10 ms hops."""
         s, B = state or {}, z.shape[0]
         x, frame = self.frame_decoder(z, s.get("frame"))
         x, slot = self.slot_decoder(self.split(x).view(B, -1, self.cfg.width), s.get("slot"))
         x, hop = self.hop_decoder(self.refine(x).view(B, -1, self.cfg.width), s.get("hop"))
         out = self.head(x).float()
-        harmonic, noise, pitch, voicing = out.split([self.cfg.num_bands, self.cfg.num_bands, 1, 1], -1)
+        harmonic, noise, pitch = out.split([self.cfg.num_bands, self.cfg.num_bands, 1], -1)
         low, high = math.log(self.cfg.f0_min), math.log(self.cfg.f0_max)
         f0 = (low + (high - low) * torch.sigmoid(pitch[..., 0])).exp()
-        return (harmonic.clamp(-14, 6), noise.clamp(-14, 6), f0, voicing[..., 0]), {"frame": frame, "slot": slot, "hop": hop}
+        return (harmonic.clamp(-14, 6), noise.clamp(-14, 6), f0), {"frame": frame, "slot": slot, "hop": hop}
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """codes (B, k, T) -> latents (B, T, E); acoustic part only where its codes are given."""
@@ -336,8 +339,8 @@ class Codec(nn.Module):
         if codes.shape[2] == 0:
             return torch.zeros(codes.shape[0], 1, 0, device=codes.device), state or {}
         s = state or {}
-        (harmonic, noise, f0, voicing), net = self.controls(self.dequantise(codes), s.get("net"))
-        audio, synth = self.synth(harmonic, noise, f0, (voicing > 0).float(), s.get("synth"))
+        controls, net = self.controls(self.dequantise(codes), s.get("net"))
+        audio, synth = self.synth(*controls, s.get("synth"))
         return audio[:, None].clamp(-1, 1), {"net": net, "synth": synth}
 
     def _check_audio(self, audio: Tensor) -> None:
