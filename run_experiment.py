@@ -190,8 +190,10 @@ def children_peak_mb() -> float | None:
 def run_command(command: list[str], root: Path) -> tuple[int, float, float | None]:
     """Runs it with our terminal. Returns exit code, seconds, peak memory in MB. An interrupt reaches it and is raised again."""
     before, start = children_peak_mb(), time.monotonic()
-    # close_fds=False: the lock of only_one goes with the child, so that it outlives a killed parent
-    process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONUNBUFFERED": "1"}, close_fds=False)
+    # A group of its own: Ctrl-C reaches us alone and is handed on once, for a second one means "kill".
+    # close_fds=False: the lock of only_one goes with the child, so that it outlives a killed parent.
+    process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONUNBUFFERED": "1"}, close_fds=False,
+                               process_group=None if os.name == "nt" else 0)
     try:
         with MemoryMeter(process.pid) as meter:
             code = process.wait()
@@ -386,7 +388,9 @@ def read_settings(args) -> Settings:
 def main(argv=None) -> int:
     args = parse(argv)
     settings = read_settings(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     start = time.monotonic()
     with only_one(ROOT):
         print(f"[1/6] setting up the environment in {args.venv}", flush=True)

@@ -141,7 +141,7 @@ def test_interrupting_and_running_again_goes_on(root, sent):
     wait_for(lambda: (root / "ready").exists())
     time.sleep(0.3)
     parent.send_signal(sent)
-    parent.wait(20)
+    parent.wait(60)
     if sent == signal.SIGKILL and sys.platform == "linux":
         with pytest.raises(ValueError, match="another run"), rx.only_one(root):
             pass
@@ -153,7 +153,7 @@ def test_interrupting_and_running_again_goes_on(root, sent):
     assert (root / "ready").read_text() == "resumed"
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"

@@ -1,0 +1,181 @@
+"""Every command of the README, run with tiny settings in a copy of the project, beginning with ./run_experiment.sh.
+
+The copy holds the scripts, an untrained tiny codec and an environment whose Python is this one. Each line of the
+README's bash blocks must stand in COMMANDS, with the flags that make it tiny (a later flag wins over an earlier one).
+"""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_experiment
+import setup_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_TRAIN = "--model_size test --batch_positions 512 --eval_batches 1 --lexicon_words 4 --wandb disabled --output"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX shell")]
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
+    return [line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+
+
+# README line: (flags added to make it tiny, standard input), or the word under which it is tested elsewhere.
+COMMANDS = {
+    "./run_experiment.sh": "the fixture `house` runs it",
+    "TARGET_HOURS=0.5 MAX_STEPS=20 ./run_experiment.sh": "the fixture `house` runs it",
+    "./run_experiment.sh --model_size tiny --from_scratch": "test_flags_of_the_experiment",
+    "./run_tests.sh": "it runs this file",
+    ". .venv/bin/activate": "every test here uses the environment's Python",
+    "python setup_environment.py": ("", ""),
+    "python setup_environment.py --check": ("", ""),
+    "python demo.py": ("--max_seconds 1 --output outputs/chat", "Hello there.\n/save\n/quit\n"),
+    "python demo.py --voice my_voice.wav": ("--max_seconds 1 --output outputs/voice", "Hello there.\n/reset\n/quit\n"),
+    "python demo.py --mode test": ("--max_seconds 0.5 --output outputs/test", ""),
+    "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
+    "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
+    "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
+    "python config.py": ("", ""),
+    "python train.py --max_steps 1000": (f"--max_steps 2 {TINY_TRAIN} checkpoints/again", ""),
+    "python train.py --resume checkpoints/last.pt --max_steps 2000": ("--max_steps 3 --output checkpoints/longer", ""),
+    "python train.py --model_size tiny --from_scratch": (f"--max_steps 1 {TINY_TRAIN} checkpoints/scratch", ""),
+    "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
+    "python train_codec.py --export checkpoints/codec/pretrained --resume checkpoints/codec/last.pt": ("", ""),
+    "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano": ("--output checkpoints/small", ""),
+    "python report.py": ("--no_judges --output outputs/again.html", ""),
+}
+
+
+def run(house: Path, command: list[str], stdin: str = "", **env) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=house, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=300)
+
+
+def tiny_codec(folder: Path) -> None:
+    from checkpoint import save_codec
+    from config import CodecConfig
+    from rvq_tokenizer import Codec
+    save_codec(Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, codebook_dim=8, width=32, latent=32,
+                                 encoder_layers=1, latent_layers=1, decoder_layers=1, num_mels=40)).eval(), folder)
+
+
+def this_python_as_environment(venv: Path) -> None:
+    """A folder that setup_environment takes for a finished environment; its Python is the one that runs the tests."""
+    python = setup_environment.venv_python(venv)
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    stamp = {"python": "3", "dev": False, "missing": [], "hash": setup_environment.requirements_hash(ROOT, "3")}
+    (venv / setup_environment.STAMP).write_text(json.dumps(stamp))
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory) -> Path:
+    """A copy of the project in which ./run_experiment.sh has gone through, at the smallest size."""
+    folder = tmp_path_factory.mktemp("house")
+    for name in [p.name for p in ROOT.glob("*.py")] + ["run_experiment.sh", "requirements.txt", "constraints.txt"]:
+        shutil.copy2(ROOT / name, folder / name)
+    for name in ("assets", "examples"):
+        shutil.copytree(ROOT / name, folder / name)
+    tiny_codec(folder / "pretrained/codec")
+    this_python_as_environment(folder / ".venv")
+    done = run(folder, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "first_run.txt").write_text(done.stdout)
+    import audio_io
+    turn = next((folder / "data/synthetic").rglob("*.flac"))
+    audio_io.write_audio(folder / "my_voice.wav", audio_io.read_audio(turn))
+    return folder
+
+
+# ----------------------------------------------------------------------------- the README
+
+def test_every_command_of_the_readme_is_known():
+    assert sorted(set(readme_commands())) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("line", [line for line, how in COMMANDS.items() if isinstance(how, tuple)])
+def test_readme_command(house, line):
+    flags, stdin = COMMANDS[line]
+    words = shlex.split(line)
+    assert words[0] == "python"
+    if words[1] == "train_codec.py":
+        pytest.importorskip("pyworld")
+    done = run(house, [sys.executable, *words[1:], *shlex.split(flags)], stdin)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_flags_of_the_experiment():
+    settings = run_experiment.read_settings(run_experiment.parse(["--model_size", "tiny", "--from_scratch"]))
+    train = next(s for s in run_experiment.build_steps(settings) if s.name == "train")
+    assert {"--from_scratch", "tiny"} <= set(train.arguments)
+
+
+# ----------------------------------------------------------------------------- the experiment
+
+def test_the_experiment_leaves_everything_it_names(house):
+    said = (house / "first_run.txt").read_text()
+    made = [line.strip() for line in said.split("made:\n")[1].splitlines()]
+    assert "outputs/report.html" in made and "checkpoints/best_model.pt" in made
+    assert [name for name in made if not (house / name).exists()] == []
+    results = json.loads((house / "outputs/demo/results.json").read_text())
+    conversations = {c["id"]: c["turns"] for c in results["conversations"]}
+    assert len(conversations) >= 5 and max(map(len, conversations.values())) >= 6
+    assert all((house / "outputs/demo" / t["audio"]).exists() for turns in conversations.values() for t in turns)
+
+
+def test_the_second_run_skips_every_step(house):
+    done = run(house, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before, skipped") == len(run_experiment.build_steps(run_experiment.Settings(model_size="nano")))
+
+
+def test_batch_results_have_the_documented_shape(house):
+    """The keys of the README's example, all filled in, and paths relative to the folder."""
+    flags, _ = COMMANDS["python demo.py --mode batch --input examples/conversations.json --output outputs/batch"]
+    done = run(house, [sys.executable, "demo.py", "--mode", "batch", "--input", "examples/conversations.json", "--output", "outputs/shape", *flags.split()])
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    wanted = next(json.loads(b) for b in re.findall(r"^```json\n(.*?)^```", text, re.S | re.M) if "first_audio_ms" in b)
+    results = json.loads((house / "outputs/shape/results.json").read_text())
+    assert set(results) >= set(wanted)
+    for conversation in results["conversations"]:
+        assert set(conversation) >= set(wanted["conversations"][0])
+        for turn in conversation["turns"]:
+            assert set(turn) >= set(wanted["conversations"][0]["turns"][0]) and None not in (turn["duration_s"], turn["total_ms"])
+            assert (house / "outputs/shape" / turn["audio"]).exists() and turn["text"]
+
+
+def test_the_readme_input_example_is_accepted(house):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = next(b for b in re.findall(r"^```json\n(.*?)^```", text, re.S | re.M) if '"mood"' in b)
+    (house / "readme.json").write_text(example)
+    done = run(house, [sys.executable, "demo.py", "--mode", "batch", "--input", "readme.json", "--output", "outputs/readme", "--max_seconds", "0.5"])
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+
+
+# ----------------------------------------------------------------------------- plain errors
+
+BAD = [("demo.py", "--checkpoint", "README.md"), ("demo.py", "--mode", "batch"), ("demo.py", "--mode", "batch", "--input", "none.json"),
+       ("demo.py", "--voice", "requirements.txt"), ("demo.py", "--temperature", "-1"), ("demo.py", "--codec", "nowhere"),
+       ("train.py", "--data", "nowhere"), ("train.py", "--resume", "requirements.txt"), ("train.py", "--model_size", "enormous"),
+       ("train_codec.py", "--data", "nowhere"), ("dataset_pipeline.py", "--data", "nowhere"), ("dataset_pipeline.py", "--codec", "nowhere"),
+       ("collect_data.py", "--target_hours", "-1"), ("collect_data.py", "--target_hours", "much"), ("checkpoint.py", "--checkpoint", "nowhere", "--output", "x"),
+       ("report.py", "--demo", "requirements.txt")]
+
+
+@pytest.mark.parametrize("words", BAD, ids=" ".join)
+def test_bad_input_is_one_line_and_exit_2(house, words):
+    done = run(house, [sys.executable, *words])
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
