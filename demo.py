@@ -8,12 +8,15 @@ Knows nothing of training. Input is checked as a whole before anything is made o
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -284,6 +287,10 @@ class Responder:
         if done.returncode or not answer:
             why = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
             raise ValueError(f"--responder_command {self.command!r} gave no answer (exit code {done.returncode}: {why[0]}): check the command")
+        try:
+            check_text(answer)
+        except ValueError as error:
+            raise ValueError(f"the answer of --responder_command {self.command!r} {error}") from None
         return answer
 
 
@@ -400,21 +407,30 @@ def run_batch(lab: Lab, conversations: list[Conversation], output: Path) -> dict
     from audio_io import SAMPLE_RATE, write_audio
     from tqdm import tqdm
     results, total = [], sum(len(c.turns) for c in conversations)
-    with tqdm(total=total, unit="turn", disable=total < 2, file=sys.stderr) as bar:
+    with staged(output) as folder, tqdm(total=total, unit="turn", disable=total < 2, file=sys.stderr) as bar:
         for conversation in conversations:
             base, rows, sounds = file_name(conversation.id), [], []
             for number, spoken in enumerate(lab.converse(conversation), 1):
                 name = f"{base}_turn_{number:02d}.wav"
-                write_audio(output / name, spoken.audio, SAMPLE_RATE)
+                write_audio(folder / name, spoken.audio, SAMPLE_RATE)
                 rows.append(result_row(spoken, name, SAMPLE_RATE))
                 sounds.append(spoken.audio)
                 bar.update()
                 tqdm.write(f"{conversation.id:14s} {number}/{len(conversation.turns)}  {turn_line(spoken, rows[-1])}", file=sys.stdout)
-            write_audio(output / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE)
+            write_audio(folder / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE)
             results.append({"id": conversation.id, "audio": f"{base}.wav", "turns": rows})
-    summary = {"conversations": results, "model": lab.model_name, "device": str(lab.device), "seed": lab.sampling.seed}
-    write_json(output / "results.json", summary)
+        summary = {"conversations": results, "model": lab.model_name, "device": str(lab.device), "seed": lab.sampling.seed}
+        write_json(folder / "results.json", summary)
     return summary
+
+
+@contextlib.contextmanager
+def staged(output: Path):
+    """A folder inside `output` whose files move up when all went well (results.json last), else vanish."""
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output) as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda p: (p.name == "results.json", p.name)):
+            os.replace(path, output / path.name)
 
 
 def result_row(spoken: Spoken, name: str, rate: int) -> dict:
