@@ -179,7 +179,8 @@ def test_no_function_is_too_long():
 
 
 def test_code_is_ascii():
-    assert [n for n in code_files() if n not in NOT_ASCII and not (ROOT / n).read_bytes().isascii()] == []
+    """Tests may hold the characters that they test."""
+    assert [n for n in code_files() if n not in NOT_ASCII and not n.startswith("tests/") and not (ROOT / n).read_bytes().isascii()] == []
 
 
 def test_no_path_or_registry_of_one_machine():
