@@ -45,7 +45,7 @@ class CodecConfig:
     latent_layers: int = 2
     decoder_layers: int = 6
     synth_hop: int = 240              # samples per spectral frame of the source-filter head (10 ms)
-    synth_fft: int = 960              # its window: 40 ms
+    synth_fft: int = 960              # its transform: 40 ms; the window is two hops, the rest rings out
     num_bands: int = 100              # spectral envelope points, warped in frequency
     f0_min: float = 50.0              # Hz
     f0_max: float = 600.0
@@ -283,8 +283,8 @@ class CodecTrainConfig:
     min_lr_ratio: float = 0.05
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    dropout_probability: float = 0.5  # quantiser dropout: share of crops decoded from fewer codebooks
-    noise_probability: float = 0.3    # share of crops whose later codes are exchanged, as a model would mis-sample them
+    dropout_probability: float = 0.35 # quantiser dropout: share of crops decoded from fewer codebooks
+    noise_probability: float = 0.2    # share of crops whose later codes are exchanged, as a model would mis-sample them
     ema: float = 0.995                # codebook decay
     precision: str = "bf16"
     eval_every: int = 1000

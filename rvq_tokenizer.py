@@ -59,7 +59,8 @@ class Analysis(nn.Module):
         super().__init__()
         self.cfg, self.hop, self.fft = cfg, cfg.synth_hop, cfg.synth_fft
         self.per_slot = cfg.slot_size // cfg.synth_hop
-        self.register_buffer("window", torch.hann_window(self.fft), persistent=False)
+        window = F.pad(torch.hann_window(2 * self.hop), (self.fft - 2 * self.hop, 0))       # the newest 20 ms
+        self.register_buffer("window", window, persistent=False)
         self.register_buffer("low_window", torch.hann_window(LOW_FFT), persistent=False)
         self.register_buffer("filters", mel_filters(self.fft // 2 + 1, cfg.num_mels, cfg.sample_rate, 40.0), persistent=False)
 
@@ -164,7 +165,8 @@ class ResidualQuantizer(nn.Module):
 class SourceFilter(nn.Module):
     """Pitch and two envelopes per hop -> samples: pulses and noise, filtered in short spectra, overlap-add.
 
-    Windows begin where their hop begins, so a sample needs no later hop: streaming equals offline.
+    A window is two hops of excitation, beginning where its hop begins; the rest of the transform holds the ringing of
+    the causal filters. So a sample needs no later hop (streaming equals offline) and envelopes change within 10 ms.
     Pulse trains in closed form, harmonics up to 11 kHz; minimum-phase filters (Oppenheim & Schafer, cepstral folding).
     """
 
@@ -172,7 +174,7 @@ class SourceFilter(nn.Module):
         super().__init__()
         self.cfg, self.hop, self.fft = cfg, cfg.synth_hop, cfg.synth_fft
         self.overlap = self.fft // self.hop
-        window = torch.hann_window(self.fft).sqrt()
+        window = F.pad(torch.hann_window(2 * self.hop), (0, self.fft - 2 * self.hop))
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("bands", band_interpolation(cfg.num_bands, self.fft // 2 + 1, cfg.sample_rate), persistent=False)
         noise = torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(20261122))
@@ -189,7 +191,7 @@ class SourceFilter(nn.Module):
 
     def pulses(self, f0: Tensor, phase: Tensor) -> Tensor:
         """f0 (B, J) Hz, phase (B, J) at the window centres -> (B, J, fft): sum of all harmonics below 11 kHz."""
-        n = torch.arange(self.fft, device=f0.device, dtype=f0.dtype) - self.fft // 2
+        n = torch.arange(self.fft, device=f0.device, dtype=f0.dtype) - self.hop
         angle = phase[..., None] + (2 * math.pi / self.cfg.sample_rate) * f0[..., None] * n
         half = 2 * torch.sin(0.5 * angle)
         order = (11000.0 / f0).floor()[..., None] + 0.5
@@ -222,8 +224,8 @@ class SourceFilter(nn.Module):
         phase, phase_state = self.phases(f0, state["phase"])
         pulse_spectrum = torch.fft.rfft(self.pulses(f0, phase) * self.window)
         noise_spectrum = torch.fft.rfft(self.noise_frames(state["hop"], J) * self.window)
-        spectrum = pulse_spectrum * self.minimum_phase(harmonic @ self.bands) + noise_spectrum * (noise @ self.bands).exp()
-        frames = torch.fft.irfft(spectrum, n=self.fft) * (self.window * (2.0 / self.overlap))   # (B, J, fft)
+        filters = self.minimum_phase(torch.stack([harmonic, noise]) @ self.bands)               # (2, B, J, bins)
+        frames = torch.fft.irfft(pulse_spectrum * filters[0] + noise_spectrum * filters[1], n=self.fft)   # (B, J, fft)
         total = self.overlap_add(frames, state["tail"])
         size = J * self.hop
         return total[:, :size], {"tail": total[:, size:], "phase": phase_state, "hop": state["hop"] + J}

@@ -238,7 +238,7 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     phone_losses = [F.cross_entropy(p.reshape(-1, p.shape[-1]), target.reshape(-1)) for p in logits.chunk(len(partial))]
     losses["phones"] = sum(phone_losses) / len(phone_losses)
     (harmonic, noise, f0), _ = codec.controls(decoder_in)
-    centre = codec.cfg.synth_fft // 2 // GRID
+    centre = codec.cfg.synth_hop // GRID
     true_f0 = f0_grid[:, centre:centre + f0.shape[1]]
     known = (true_f0 > 0).float()
     losses["f0"] = 4 * ((f0.log() - true_f0.abs().log()).abs() * known).sum() / known.sum().clamp_min(1)
@@ -337,7 +337,7 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> 
         begin = time.time()
         bar.update(1)
         if step % cfg.log_every == 0:
-            row = {"step": step, "minutes": round(elapsed, 2), "lr": lr, "grad_norm": float(norm)} | {k: float(v) for k, v in {**losses, **metrics}.items()}
+            row = {"step": step, "minutes": round(elapsed, 2), "lr": lr, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in {**losses, **metrics}.items()}
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix({k: f"{row[k]:.3f}" for k in ("mel", "phones", "f0") if k in row}, refresh=False)

@@ -1,0 +1,177 @@
+"""The codec: streaming equals offline, causality, quantiser, source-filter synthesis, losses, exact resume."""
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import train_codec
+from config import CodecConfig, CodecTrainConfig
+from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics
+
+TINY = CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, codebook_dim=8, width=24, latent=32, encoder_layers=1,
+                   latent_layers=1, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)
+
+
+@pytest.fixture
+def codec():
+    torch.manual_seed(0)
+    return Codec(TINY).eval()
+
+
+def noise(n, batch=1, seed=0):
+    return 0.1 * torch.randn(batch, 1, n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("samples", [1, 1919, 1920, 1921, 9000])
+def test_frame_count_and_length(codec, samples):
+    codes = codec.encode(noise(samples, batch=2))
+    frames = -(-samples // TINY.frame_size)
+    assert codes.shape == (2, 6, frames)
+    assert codec.decode(codes).shape == (2, 1, frames * TINY.frame_size)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 8, [3, 1, 4], [8], [5, 3]])
+def test_streams_equal_offline(codec, chunks):
+    audio = noise(8 * TINY.frame_size)
+    codes = codec.encode(audio)
+    sound = codec.decode(codes)
+    encoded, decoded, encoder, decoder, at = [], [], None, None, 0
+    for n in chunks:
+        part, encoder = codec.encode_stream(audio[..., at * 1920:(at + n) * 1920], encoder)
+        piece, decoder = codec.decode_stream(part, decoder)
+        encoded.append(part)
+        decoded.append(piece)
+        at += n
+    assert torch.equal(torch.cat(encoded, -1), codes)
+    assert (torch.cat(decoded, -1) - sound).abs().max() < 1e-4
+
+
+def test_the_future_is_not_heard(codec):
+    audio = noise(6 * 1920)
+    other = audio.clone()
+    other[..., 4 * 1920:] += noise(2 * 1920, seed=1)
+    a, b = codec.encode(audio), codec.encode(other)
+    assert torch.equal(a[..., :4], b[..., :4])
+    changed = a.clone()
+    changed[..., 4:] = (changed[..., 4:] + 1) % TINY.codebook_size
+    x, y = codec.decode(a), codec.decode(changed)
+    assert torch.equal(x[..., :4 * 1920], y[..., :4 * 1920])
+    assert not torch.equal(x[..., 4 * 1920:], y[..., 4 * 1920:])
+
+
+def test_fewer_codebooks_decode(codec):
+    codes = codec.encode(noise(4000))
+    assert codec.encode(noise(4000), num_codebooks=3).equal(codes[:, :3])
+    assert codec.decode(codes[:, :1]).shape == codec.decode(codes).shape
+    assert not torch.equal(codec.decode(codes[:, :1]), codec.decode(codes))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 2, 100), torch.zeros(1, 1, 0), torch.zeros(100)])
+def test_bad_audio_is_named(codec, bad):
+    with pytest.raises(ValueError, match="samples"):
+        codec.encode(bad)
+
+
+def test_bad_codes_are_named(codec):
+    with pytest.raises(ValueError, match="another codec"):
+        codec.decode(torch.full((1, 2, 3), 99))
+    with pytest.raises(ValueError, match="num_codebooks"):
+        codec.decode(torch.zeros(1, 7, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="whole frames"):
+        codec.encode_stream(noise(1000))
+
+
+@pytest.mark.parametrize("audio", [torch.zeros(1, 1, 5000), torch.full((1, 1, 5000), float("nan")), 50 * noise(5000)])
+def test_odd_audio_never_gives_nan(codec, audio):
+    assert torch.isfinite(codec.decode(codec.encode(audio))).all()
+
+
+def test_pulses_have_the_asked_pitch():
+    synth = SourceFilter(CodecConfig())
+    quiet, loud = torch.full((1, 100, 100), -12.0), torch.full((1, 100, 100), -2.0)
+    audio, _ = synth(loud, quiet, torch.full((1, 100), 200.0))
+    spectrum = torch.fft.rfft(audio[0, 4800:14400] * torch.hann_window(9600)).abs()       # 2.5 Hz bins
+    peaks = spectrum.topk(10).indices * 2.5
+    assert (peaks % 200).minimum(200 - peaks % 200).max() <= 2.5
+    hiss, _ = synth(quiet, loud, torch.full((1, 100), 200.0))
+    assert hiss[0, 4800:].std() == pytest.approx(np.exp(-2), rel=0.05)
+
+
+def test_quantiser_refines_and_revives():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(3, 16, 4)
+    z = torch.randn(2, 200, 4)
+    quantizer.kmeans(z.reshape(-1, 4))
+    codes = quantizer.encode(z, 3)
+    errors = [(z - quantizer.decode(codes[:, :n])).pow(2).mean() for n in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+    quantizer.codebooks[0, 0] = 1e3
+    quantizer.usage[0, 0] = 0.0
+    quantizer.update(z, quantizer.encode(z, 3), decay=0.9)
+    assert quantizer.codebooks[0, 0].abs().max() < 100, "a dead code must move to the data"
+
+
+def test_statistics():
+    uniform = code_statistics(torch.arange(8).repeat(1, 4), 8)
+    single = code_statistics(torch.zeros(1, 32, dtype=torch.long), 8)
+    assert uniform == {"entropy": [pytest.approx(1.0)], "dead": [0.0]}
+    assert single["entropy"] == [0.0] and single["dead"] == [7 / 8]
+
+
+def test_continuous_pitch_bridges_short_gaps():
+    f0 = np.zeros(60, np.float32)
+    f0[[5, 10]] = 100, 200
+    out = train_codec.continuous_pitch(f0)
+    assert (np.abs(out) >= 99).all() and 100 < out[7] < 200
+    assert out[5] > 0 and out[40] < 0
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four turns of buzzing with two phones each, as collect_data.py would leave them."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(4):
+        t = np.arange(24000) / 24000
+        audio = 0.3 * np.sign(np.sin(2 * np.pi * (120 + 20 * i) * t)) * (t > 0.2) + 0.001 * rng.standard_normal(24000)
+        soundfile.write(tmp_path / f"{i}.flac", audio, 24000)
+        rows.append({"duration": 1.0, "custom": {"turn_audio": f"{i}.flac", "alignment": {"phones": "_A", "ends": [0.2, 1.0]}}})
+    folder = tmp_path / "manifests" / "train"
+    folder.mkdir(parents=True)
+    with gzip.open(folder / "supervisions.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_training_learns_and_resumes_exactly(data, monkeypatch):
+    cfg = CodecTrainConfig(data=str(data), output=str(data / "out"), max_steps=24, batch=2, seconds=0.48, warmup_steps=1, save_every=12, log_every=1)
+    assert train_codec.train(cfg, TINY, 0.0) == 0
+    rows = [json.loads(line) for line in (data / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["mel"] < rows[0]["mel"] and rows[-1]["phones"] < rows[0]["phones"]
+    whole = torch.load(data / "out" / "last.pt", weights_only=True)["codec"]
+    stop = dataclasses.replace(cfg, output=str(data / "again"))
+    save = train_codec.save_state
+
+    class Killed(Exception):
+        pass
+
+    def save_then_die(path, codec, reader, optimizer, step, *rest):
+        save(path, codec, reader, optimizer, step, *rest)
+        if step == 12:
+            raise Killed
+    monkeypatch.setattr(train_codec, "save_state", save_then_die)
+    with pytest.raises(Killed):
+        train_codec.train(stop, TINY, 0.0)
+    monkeypatch.setattr(train_codec, "save_state", save)
+    train_codec.train(dataclasses.replace(stop, resume=str(data / "again" / "last.pt")), TINY, 0.0)
+    resumed = torch.load(data / "again" / "last.pt", weights_only=True)["codec"]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_missing_data_names_the_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_codec.main(["--data", "nowhere"])
+    assert stop.value.code == 2 and "collect_data.py" in capsys.readouterr().err
