@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from layers import KVCache, RMSNorm, SwiGLU, Transformer
+from layers import FoldedStack, KVCache, RMSNorm, SwiGLU, Transformer
 
 # ----------------------------------------------------------------------------- data
 
@@ -422,6 +422,29 @@ def plan_blocks(cfg: ModelConfig, seen: Positions, start: int) -> Blocks | None:
     return Blocks(queries, members.clamp(0, N - 1), age)
 
 
+# ----------------------------------------------------------------------------- depth decoder, folded
+
+
+class FoldedDepth:
+    """The depth decoder's weights as depth_generate wants them (see layers.FoldedStack)."""
+    TABLE = 2 ** 25                     # numbers: beyond this the projected embeddings are not kept
+
+    @torch.no_grad()
+    def __init__(self, model: "CSM"):
+        cfg = model.cfg
+        self.stack = FoldedStack(model.decoder, cfg.num_codebooks)
+        self.heads = [head * self.stack.scale.unsqueeze(1) for head in model.audio_head]  # K - 1 of (Dd, V)
+        small = cfg.num_codebooks * cfg.audio_vocab * cfg.depth.width <= self.TABLE
+        rows = model.audio_embeddings.weight
+        self.tables = (model.projection(rows) if small else rows).view(cfg.num_codebooks, cfg.audio_vocab, -1)
+        self.projection = None if small else model.projection.weight
+
+    def embed(self, k: int, codes: Tensor) -> Tensor:
+        """codes (M,) of codebook k -> (M, Dd)."""
+        x = self.tables[k].index_select(0, codes)
+        return x if self.projection is None else F.linear(x, self.projection)
+
+
 # ----------------------------------------------------------------------------- the model
 
 
@@ -657,12 +680,26 @@ class CSM(nn.Module):
 
     @torch.no_grad()
     def depth_generate(self, h: Tensor, c0: Tensor, pick) -> Tensor:
-        """h (M, D), c0 (M,), pick(logits (M, V), k) -> (M,) -> codes (M, K). One position at a time, own cache."""
+        """h (M, D), c0 (M,), pick(logits (M, V), k) -> (M,) long -> codes (M, K).
+
+        One position at a time from folded weights; `depth_logits` on the codes so far is the slow oracle.
+        """
+        fast = self._folded()
+        cache = fast.stack.cache(len(h))
+        fast.stack.step(self.projection(h), 0, cache)
         codes = [c0]
         for k in range(1, self.cfg.num_codebooks):
-            given = F.pad(torch.stack(codes, 1), (0, self.cfg.num_codebooks - k))
-            codes.append(pick(self.depth_logits(h, given)[:, k - 1], k))
+            x = fast.stack.step(fast.embed(k - 1, codes[-1]), k, cache)
+            codes.append(pick(x @ fast.heads[k - 1], k))
         return torch.stack(codes, 1)
+
+    def _folded(self) -> "FoldedDepth":
+        # the version counts in-place changes: an optimiser step or load_state_dict makes the copy stale
+        sources = [*self.decoder.parameters(), self.audio_head, self.projection.weight, self.audio_embeddings.weight]
+        key = tuple((p.data_ptr(), p._version) for p in sources)
+        if self._fast is None or self._fast[0] != key:
+            self._fast = key, FoldedDepth(self)
+        return self._fast[1]
 
     # ---- memory
 

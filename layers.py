@@ -185,6 +185,60 @@ class Transformer(nn.Module):
         self.rope = Rope(cfg.head_dim, cfg)
 
 
+class FoldedStack:
+    """A Transformer's weights rearranged for one position at a time, without gradients.
+
+    Norm scales, sqrt(width) and the attention scale are folded into the following matrices, q, k, v and
+    w1, w3 stand side by side: 13 small operations per layer. A copy: stale once the weights change.
+    """
+
+    @torch.no_grad()
+    def __init__(self, stack: Transformer, positions: int):
+        cfg, root = stack.cfg, math.sqrt(stack.cfg.width)
+        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.positions, self.floor = positions, cfg.norm_eps * cfg.width
+        weight = stack.norm.scale
+        cos, sin = stack.rope.table(torch.arange(positions, device=weight.device))
+        self.turns = [(c, s) for c, s in zip(cos.to(weight.dtype), sin.to(weight.dtype))]  # positions x (1, E)
+        self.layers = [self._fold(block, root) for block in stack.layers]
+        self.scale = weight * root                                             # of the final norm, for the caller's heads
+
+    def _fold(self, block: Block, root: float) -> tuple[Tensor, ...]:
+        attn, mlp = block.attn, block.mlp
+        q = attn.q_proj.weight * self.head_dim ** -0.5
+        qkv = torch.cat([q, attn.k_proj.weight, attn.v_proj.weight]) * (block.sa_norm.scale * root)
+        gate_up = torch.cat([mlp.w1.weight, mlp.w3.weight]) * (block.mlp_norm.scale * root)
+        return tuple(w.t().contiguous() for w in (qkv, attn.output_proj.weight, gate_up, mlp.w2.weight))
+
+    def cache(self, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Empty keys and values, (rows * H_kv, positions, E), of every layer."""
+        like = self.scale
+        return [(like.new_empty(rows * self.kv_heads, self.positions, self.head_dim),
+                 like.new_empty(rows * self.kv_heads, self.positions, self.head_dim)) for _ in self.layers]
+
+    def unit(self, x: Tensor) -> Tensor:
+        """x (M, D) / sqrt(sum of squares + D eps)."""
+        return x * torch.linalg.vecdot(x, x).add_(self.floor).rsqrt_().unsqueeze(1)
+
+    def step(self, x: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """x (M, D) at `position`, after positions 0.. of the same rows -> (M, D): normed, the final scale left out."""
+        M, turned, n = len(x), self.heads + self.kv_heads, position + 1
+        cos, sin = self.turns[position]
+        for (w_qkv, w_out, w_gate_up, w_down), (keys, values) in zip(self.layers, cache):
+            qkv = (self.unit(x) @ w_qkv).view(M, -1, self.head_dim)            # (M, H + 2 H_kv, E)
+            qk = qkv[:, :turned]
+            qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+            keys[:, position] = qk[:, self.heads:].reshape(-1, self.head_dim)
+            values[:, position] = qkv[:, turned:].reshape(-1, self.head_dim)
+            q = qk[:, :self.heads].reshape(M * self.kv_heads, -1, self.head_dim)  # (M H_kv, H / H_kv, E)
+            weights = torch.bmm(q, keys[:, :n].transpose(1, 2)).softmax(-1)
+            y = torch.bmm(weights, values[:, :n]).view(M, -1)
+            x = torch.addmm(x, y, w_out)
+            gate, up = (self.unit(x) @ w_gate_up).chunk(2, -1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), w_down)
+        return self.unit(x)
+
+
 # ----------------------------------------------------------------------------- causal streaming convolutions
 
 class CausalDepthwise(nn.Module):
