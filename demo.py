@@ -29,6 +29,8 @@ PIECE = 240              # longer text is spoken in pieces of at most this many 
 MIN_VOICE = 0.5          # seconds a voice recording must last
 TURN_GAP = 0.2           # seconds between the turns of a conversation's WAV
 RETRIEVED = 8            # candidate replies that the text head chooses from
+GOOD_MATCH = 0.45        # a written reply fits from this score on (generation.Retriever)
+MATCH_WEIGHT = 4.0       # of that score against the text head's mean log-likelihood per token
 COMMAND_SECONDS = 60
 TURN_FIELDS = ("speaker", "text", "mood", "audio")
 HELP = """type a line and press Enter; the answer is spoken and printed
@@ -243,7 +245,7 @@ class Responder:
     """What a speaker without a line says: from the text head, from written dialogues, or from a command."""
 
     def __init__(self, kind: str, command: str = ""):
-        self.kind, self.command, self._retriever = kind, command, None
+        self.kind, self.command, self._loaded = kind, command, None
         if kind == "command" and not command.strip():
             raise ValueError("--responder command needs --responder_command, such as --responder_command 'python my_bot.py'")
 
@@ -256,26 +258,33 @@ class Responder:
         return self._retrieve(session, speaker, history)
 
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
-        import math
+        """The likeliest of the fitting written replies that were not said yet; a general one where nothing fits."""
+        retriever, general = self._written()
         said = {text.lower() for _, text in history}
-        found = self._dialogues().nearest(history[-1][1], RETRIEVED) if history else []
-        found = [(score, turn) for score, turn in found if turn["text"].lower() not in said]
+        asked = history[-1][1] if history else ""
+        found = [(score, turn) for score, turn in retriever.nearest(asked, RETRIEVED) if score >= GOOD_MATCH]
         if not found:
-            openings = self._dialogues().openings
-            turn = openings[int(session.random() * len(openings))]
-            return turn["text"], turn.get("mood")
-        scores = session.score_texts(speaker, [turn["text"] for _, turn in found])
-        best = max(range(len(found)), key=lambda i: math.log(found[i][0]) + scores[i])
+            when = "opening" if not history else "question" if asked.rstrip().endswith("?") else "statement"
+            found = [(1.0, turn) for turn in general[when]]
+        found = [pair for pair in found if pair[1]["text"].lower() not in said] or found
+        likely = session.score_texts(speaker, [turn["text"] for _, turn in found]) if session.model.text_head is not None else [0.0] * len(found)
+        best = max(range(len(found)), key=lambda i: MATCH_WEIGHT * found[i][0] + likely[i])
         return found[best][1]["text"], found[best][1].get("mood")
 
-    def _dialogues(self):
-        if self._retriever is None:
+    def _written(self):
+        """Retriever over assets/dialogues (those with an assistant) and assets/smalltalk.jsonl, and the general replies."""
+        if self._loaded is None:
             from generation import Retriever
-            files = sorted((ROOT / "assets" / "dialogues").glob("*.jsonl"))
-            if not files:
-                raise ValueError("assets/dialogues is missing: use --responder model, or get the whole repository")
-            self._retriever = Retriever([json.loads(line) for f in files for line in f.read_text(encoding="utf-8").splitlines() if line])
-        return self._retriever
+            lines = [line for path in (ROOT / "assets" / "smalltalk.jsonl", *sorted((ROOT / "assets" / "dialogues").glob("*.jsonl")))
+                     if path.is_file() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            items = [json.loads(line) for line in lines]
+            general = {item["when"]: item["replies"] for item in items if "when" in item}
+            if not general:
+                raise ValueError("assets/smalltalk.jsonl is missing: get the whole repository, or use --responder model")
+            small = [{"kind": "people", "turns": [{"speaker": "user", "text": said}, {"speaker": "assistant"} | reply]}
+                     for item in items if "said" in item for said in item["said"] for reply in item["replies"]]
+            self._loaded = Retriever(small + [item for item in items if item.get("kind") == "assistant"]), general
+        return self._loaded
 
     def _ask_command(self, history, me: str) -> str:
         prompt = "".join(f"{name}: {text}\n" for name, text in history) + f"{me}:"

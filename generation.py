@@ -551,17 +551,22 @@ def _until(rows: FrameBatch, end: int) -> FrameBatch:
 # ----------------------------------------------------------------------------- written answers
 
 class Retriever:
-    """Answers from written dialogues: the turns that follow the most similar turns (TF-IDF cosine)."""
+    """Answers from written dialogues: what was said after the most similar turns (TF-IDF cosine).
+
+    A turn that opens its dialogue stands for itself, so the answer to it counts for more; so does an answer
+    that takes up words of the question.
+    """
+    OPENING, ECHO = 1.3, 0.5
 
     def __init__(self, dialogues: list[dict]):
         """dialogues: {"kind": str, "turns": [{"speaker", "mood", "text"}, ...]}, as in assets/dialogues."""
-        self.pairs, self.openings = [], []
+        self.pairs: list[tuple[str, dict, int]] = []            # said, answered, how many turns came before
         for dialogue in dialogues:
             turns = dialogue["turns"]
-            self.openings.append(turns[0])
-            self.pairs += [(a["text"], b) for a, b in zip(turns, turns[1:]) if b["speaker"] != a["speaker"]
-                           and (dialogue.get("kind") != "assistant" or b["speaker"] == "assistant")]
-        counts = [Counter(_terms(said)) for said, _ in self.pairs]
+            for before, (a, b) in enumerate(zip(turns, turns[1:])):
+                if a["speaker"] != b["speaker"] and (dialogue.get("kind") != "assistant" or b["speaker"] == "assistant"):
+                    self.pairs.append((a["text"], b, before))
+        counts = [Counter(_terms(said)) for said, _, _ in self.pairs]
         seen = Counter(term for count in counts for term in count)
         self.weight = {term: math.log(len(counts) / n) + 1 for term, n in seen.items()}
         self.index: dict[str, list] = {}
@@ -575,12 +580,17 @@ class Retriever:
         return {t: v / norm for t, v in vector.items()}
 
     def nearest(self, text: str, count: int = 8) -> list[tuple[float, dict]]:
-        """(similarity 0..1, reply turn), best first; replies to the `count` most similar turns."""
-        scores: Counter = Counter()
-        for term, value in self._vector(Counter(_terms(text))).items():
+        """(score, reply turn), best first."""
+        asked, scores = self._vector(Counter(_terms(text))), Counter()
+        for term, value in asked.items():
             for number, other in self.index[term]:
                 scores[number] += value * other
-        return [(score, self.pairs[number][1]) for number, score in scores.most_common(count)]
+        found = []
+        for number, score in scores.most_common(8 * count):
+            _, reply, before = self.pairs[number]
+            echo = sum(v * asked.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
+            found.append((score * (self.OPENING if before == 0 else 1.0) + self.ECHO * echo * score, reply))
+        return sorted(found, key=lambda pair: -pair[0])[:count]
 
 
 def _terms(text: str) -> list[str]:

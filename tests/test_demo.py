@@ -22,7 +22,7 @@ def weights(tmp_path_factory):
     from rvq_tokenizer import Codec
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
-    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, codebook_dim=8, width=16, latent=16, encoder_layers=1,
+    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, width=16, latent=16, encoder_layers=1,
                               latent_layers=1, decoder_layers=3, num_mels=20, num_low_bins=16, num_bands=20))
     model = CSM(model_preset("test"))
     model.init_weights()
