@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from layers import FoldedStack, KVCache, RMSNorm, SwiGLU, Transformer
+from layers import CrossAttention, FoldedStack, KVCache, Packing, RMSNorm, SwiGLU, Transformer, pack
 
 # ----------------------------------------------------------------------------- data
 
@@ -75,22 +75,6 @@ class Positions:
 
 
 @dataclass
-class Packing:
-    """Queries of uneven groups as one padded rectangle: packed row `flat[i]` of (B*S) goes to `slot[i]` of (R*T)."""
-    flat: Tensor                        # (n,) long
-    slot: Tensor                        # (n,) long
-    shape: tuple[int, int]              # R, T
-
-    def spread(self, x: Tensor) -> Tensor:
-        """x (n, C) -> (R, T, C), zeros where there is no query."""
-        return x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1]).index_copy(0, self.slot, x).view(*self.shape, -1)
-
-    def collect(self, x: Tensor) -> Tensor:
-        """x (R, T, C) -> (n, C)."""
-        return x.flatten(0, 1).index_select(0, self.slot)
-
-
-@dataclass
 class Runs:
     """Voice positions and the text runs they speak."""
     queries: Packing
@@ -119,15 +103,6 @@ class Plan:
     blocks: Blocks | None = None
     memory: Slots | None = None
     age: Tensor | None = None           # (B, S, M) turns since the slot was written
-
-
-def pack(chosen: Tensor, row: Tensor, rows: int) -> Packing:
-    """chosen (B, S) bool; row (n,) the rectangle's row, rising, of each chosen position in flat order."""
-    flat = chosen.flatten().nonzero()[:, 0]                                    # (n,)
-    count = torch.bincount(row, minlength=rows)
-    longest = int(count.max()) if len(flat) else 0
-    rank = torch.arange(len(flat), device=flat.device) - (count.cumsum(0) - count)[row]
-    return Packing(flat, row * longest + rank, (rows, longest))
 
 
 # ----------------------------------------------------------------------------- voice-text cross-attention
@@ -172,43 +147,6 @@ class TextReader(nn.Module):
         """(R, L, W) -> (R, 2 L, phones)."""
         R, L, _ = read.shape
         return self.phone_head(read).view(R, 2 * L, -1)
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (R, L, W) -> (R, H, L, E)
-
-
-class CrossAttention(nn.Module):
-    """Attention with a learned null key of value zero and a gate; the parts of both directions.
-
-    Keys and values come from width `source`; a query that finds nothing looks at the null key and gets zero.
-    """
-
-    def __init__(self, width: int, source: int, inner: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = RMSNorm(width)
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(source, inner, bias=False)
-        self.v_proj = nn.Linear(source, inner, bias=False)
-        self.output_proj = nn.Linear(inner, width, bias=False)
-        self.null = nn.Parameter(torch.zeros(heads, inner // heads))
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, L, W) -> k, v, each (R, H, L, E)."""
-        return _heads(self.k_proj(source), self.heads), _heads(self.v_proj(source), self.heads)
-
-    def look(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """q (R, T, W); k, v (R, H, L, E); bias (R, H, T, L) additive -> (R, T, W)."""
-        q = _heads(q, self.heads) * self.null.shape[-1] ** -0.5                # (R, H, T, E)
-        scores = torch.cat([q @ k.transpose(-1, -2) + bias, q @ self.null.unsqueeze(-1).to(q.dtype)], -1)
-        weights = scores.float().softmax(-1)[..., :-1].to(v.dtype)             # (R, H, T, L): the null key's value is zero
-        return (weights @ v).transpose(1, 2).flatten(2)
-
-    def add(self, x: Tensor, flat: Tensor, y: Tensor) -> Tensor:
-        """x (n, D) plus the gated projection of y (m, W) at rows `flat`."""
-        return x.index_add(0, flat, (self.output_proj(y) * self.gate).to(x.dtype))
 
 
 class ReadText(CrossAttention):
@@ -269,13 +207,22 @@ class MemoryWriter(nn.Module):
         self.prosodic = nn.Linear(2 * cfg.backbone.width, cfg.memory.width)
 
     def forward(self, gathered: dict) -> tuple[Tensor, Tensor]:
-        """Sums over a turn (text, voice, square: (..., D); texts, voices: (..., 1)) -> two slots (..., W)."""
+        """turn_sums of finished turns -> semantic and prosodic slots, (B, M, W) each."""
+        gathered = {k: v.to(self.semantic.weight.dtype) for k, v in gathered.items()}
         voices = gathered["voices"].clamp(min=1)
         level = gathered["voice"] / voices
         spread = (gathered["square"] / voices - level.square()).clamp(min=1e-6).sqrt()
-        heard = (gathered["voices"] > 0).to(level.dtype)
-        semantic = self.semantic(gathered["text"] / gathered["texts"].clamp(min=1))
-        return semantic, self.prosodic(torch.cat([level, spread], -1) * heard)
+        return self.semantic(gathered["text"] / gathered["texts"].clamp(min=1)), self.prosodic(torch.cat([level, spread], -1))
+
+
+def turn_sums(h: Tensor, batch: FrameBatch, turn: Tensor) -> dict:
+    """h (B, S, D), turn (B, M) wanted turns of each row -> what MemoryWriter needs of each: (B, M, D) or (B, M, 1)."""
+    here = turn.unsqueeze(-1) == batch.turn.unsqueeze(1)                       # (B, M, S)
+    voice = batch.mask[..., 0].unsqueeze(1)
+    with torch.autocast(h.device.type, enabled=False):                         # the spread is a difference of sums
+        h, text, voice = h.float(), (here & ~voice).float(), (here & voice).float()
+        return {"text": text @ h, "voice": voice @ h, "square": voice @ h.square(),
+                "texts": text.sum(-1, keepdim=True), "voices": voice.sum(-1, keepdim=True)}
 
 
 class ReadMemory(CrossAttention):
@@ -703,40 +650,26 @@ class CSM(nn.Module):
 
     # ---- memory
 
-    def _sums(self, h: Tensor, voice: Tensor, text: Tensor, group: Tensor, groups: int) -> dict:
-        """Sums of h (n, D) over positions of the same group (n,): what MemoryWriter needs."""
-        def total(x: Tensor, chosen: Tensor) -> Tensor:
-            return x.new_zeros(groups, x.shape[-1]).index_add(0, group[chosen], x[chosen])
-        one = h.new_ones(len(h), 1)
-        return {"text": total(h, text), "voice": total(h, voice), "square": total(h.square(), voice),
-                "texts": total(one, text), "voices": total(one, voice)}
-
     def remember(self, history: FrameBatch) -> Slots:
         """Encode earlier turns to slots, with gradient: the newest max_slots turns of each row."""
         h = self(history)
         valid = history.turn >= 0
-        voice = valid & history.mask[..., 0]
         first = torch.where(valid, history.turn, torch.iinfo(torch.long).max).min(1, keepdim=True).values
-        local = torch.where(valid, history.turn - first, 0)                    # (B, S)
-        M = int(local.max()) + 1
-        row = torch.arange(history.B, device=h.device).unsqueeze(1)
-        sums = self._sums(h.flatten(0, 1), voice.flatten(), (valid & ~voice).flatten(), (row * M + local).flatten(), history.B * M)
+        M = int(torch.where(valid, history.turn - first, 0).max()) + 1
+        turn = first + torch.arange(M, device=h.device)                        # (B, M)
+        sums = turn_sums(h, history, turn)
         semantic, prosodic = self.memory_writer(sums)
-        there = (sums["texts"] + sums["voices"]).view(history.B, M) > 0
-        turn = torch.where(there, first + torch.arange(M, device=h.device), -1)
-        slots = Slots(semantic.view(history.B, M, -1), prosodic.view(history.B, M, -1), turn)
-        return slots[slice(-self.cfg.memory.max_slots, None)]
+        there = (sums["texts"] + sums["voices"])[..., 0] > 0
+        return Slots(semantic, prosodic, torch.where(there, turn, -1))[slice(-self.cfg.memory.max_slots, None)]
 
     def _gather(self, h: Tensor, batch: FrameBatch, state: DecodeState) -> None:
-        valid = batch.turn >= 0
-        for turn in batch.turn[valid].unique().tolist():
+        for turn in batch.turn.unique().tolist():
+            if turn < 0:
+                continue
             if turn != state.current:
                 self.end_turn(state)
                 state.current = turn
-            here = batch.turn == turn
-            voice = (here & batch.mask[..., 0]).flatten()
-            row = torch.arange(batch.B, device=h.device).unsqueeze(1).expand(-1, batch.S).flatten()
-            sums = self._sums(h.flatten(0, 1), voice, here.flatten() & ~voice, row, batch.B)
+            sums = turn_sums(h, batch, torch.full((batch.B, 1), turn, device=h.device))
             state.gathered = {k: v + state.gathered[k] if state.gathered else v for k, v in sums.items()}
 
     def end_turn(self, state: DecodeState) -> None:
@@ -749,8 +682,8 @@ class CSM(nn.Module):
         if self.memory_writer is None or not gathered or (state.slots is not None and bool((state.slots.turn == turn).any())):
             return
         semantic, prosodic = self.memory_writer(gathered)
-        there = (gathered["texts"] + gathered["voices"])[:, 0] > 0
-        new = Slots(semantic.unsqueeze(1), prosodic.unsqueeze(1), torch.where(there, turn, -1).unsqueeze(1))
+        there = (gathered["texts"] + gathered["voices"])[..., 0] > 0           # (B, 1)
+        new = Slots(semantic, prosodic, torch.where(there, turn, -1))
         old = state.slots
         state.slots = new if old is None else Slots(*(torch.cat([getattr(old, f.name), getattr(new, f.name)], 1) for f in fields(Slots)))
 

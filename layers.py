@@ -7,6 +7,7 @@ Parameter names inside a block are those of Sesame's CSM checkpoint (torchtune),
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -183,6 +184,68 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.rope = Rope(cfg.head_dim, cfg)
+
+
+@dataclass
+class Packing:
+    """Queries of uneven groups as one padded rectangle: packed row `flat[i]` of (B*S) goes to `slot[i]` of (R*T)."""
+    flat: Tensor                        # (n,) long
+    slot: Tensor                        # (n,) long
+    shape: tuple[int, int]              # R, T
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x (n, C) -> (R, T, C), zeros where there is no query."""
+        return x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1]).index_copy(0, self.slot, x).view(*self.shape, -1)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x (R, T, C) -> (n, C)."""
+        return x.flatten(0, 1).index_select(0, self.slot)
+
+
+def pack(chosen: Tensor, row: Tensor, rows: int) -> Packing:
+    """chosen (B, S) bool; row (n,) the rectangle's row, rising, of each chosen position in flat order."""
+    flat = chosen.flatten().nonzero()[:, 0]                                    # (n,)
+    count = torch.bincount(row, minlength=rows)
+    longest = int(count.max()) if len(flat) else 0
+    rank = torch.arange(len(flat), device=flat.device) - (count.cumsum(0) - count)[row]
+    return Packing(flat, row * longest + rank, (rows, longest))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (R, L, W) -> (R, H, L, E)
+
+
+class CrossAttention(nn.Module):
+    """Attention with a learned null key of value zero and a gate; the parts of both directions.
+
+    Keys and values come from width `source`; a query that finds nothing looks at the null key and gets zero.
+    """
+
+    def __init__(self, width: int, source: int, inner: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(width)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(source, inner, bias=False)
+        self.v_proj = nn.Linear(source, inner, bias=False)
+        self.output_proj = nn.Linear(inner, width, bias=False)
+        self.null = nn.Parameter(torch.zeros(heads, inner // heads))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, L, W) -> k, v, each (R, H, L, E)."""
+        return _heads(self.k_proj(source), self.heads), _heads(self.v_proj(source), self.heads)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (R, T, W); k, v (R, H, L, E); bias (R, H, T, L) additive -> (R, T, W)."""
+        q = _heads(q, self.heads) * self.null.shape[-1] ** -0.5                # (R, H, T, E)
+        scores = torch.cat([q @ k.transpose(-1, -2) + bias, q @ self.null.unsqueeze(-1).to(q.dtype)], -1)
+        weights = scores.float().softmax(-1)[..., :-1].to(v.dtype)             # (R, H, T, L): the null key's value is zero
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    def add(self, x: Tensor, flat: Tensor, y: Tensor) -> Tensor:
+        """x (n, D) plus the gated projection of y (m, W) at rows `flat`."""
+        return x.index_add(0, flat, (self.output_proj(y) * self.gate).to(x.dtype))
 
 
 class FoldedStack:
