@@ -205,6 +205,31 @@ def speech_gaps(conversations) -> list[float]:
     return gaps
 
 
+def original_texts(collection: dict, wanted: set[str]) -> dict[str, str]:
+    """Turn id -> its text with capitals, as it was given to the TTS (the manifests hold it normalised). {} for another source."""
+    import synthetic_conversations as synthetic
+    import text_tokenizer
+    if collection.get("source") != "synthetic":
+        return {}
+    plan, found = synthetic.Plan(collection["seed"], collection["engine"], collection["kokoro_share"]), {}
+    for index in range(collection["conversations"]):
+        script = plan.script(index)
+        if script.id in wanted:
+            found |= {(f"{script.id}-{k:02d}", text_tokenizer.normalise(turn["text"])): turn["text"] for k, turn in enumerate(script.turns)}
+    return found
+
+
+def paired(rows: list[dict], one: str, other: str) -> dict:
+    """Word error of `one` minus that of `other` on the same sentences, with its interval."""
+    import evaluation_framework as judge
+
+    def errors(row):
+        found = judge.word_errors(row["said"], row["heard"])
+        return found["substitutions"] + found["deletions"] + found["insertions"], found["words"]
+    counts = [(errors(row[one]), errors(row[other])) for row in rows]
+    return judge.bootstrap_interval([a[0] - b[0] for a, b in counts], weights=[a[1] for a, _ in counts])
+
+
 def speaking_speed(engine: str, texts: list[str], seed: int) -> float:
     """Seconds of speech made per second by one process, shaping and alignment included, after a warm-up."""
     import synthetic_conversations as synthetic
@@ -222,23 +247,26 @@ def bench_data(args) -> tuple[dict, str]:
     from dataset_pipeline import read_supervisions
     from synthetic_conversations import unshaped
     from tqdm import tqdm
-    rows = []
-    for turns, i in tqdm(pick_turns(args.data, args.split, args.turns, args.seed, dialogues=False), desc="data", unit="turn"):
-        turn, engine = turns[i], turns[i]["custom"]["engine"]
-        rows.append({"engine": engine, "kind": "dialogue" if len(turns) > 1 else "rare words", "shaped": hear(sound_of(args.data, turn), turn["text"]),
-                     "plain": hear(unshaped(turn["text"], engine), turn["text"])})
-    groups = {"all": rows} | {f"{key} {value}": [r for r in rows if r[key] == value] for key in ("engine", "kind") for value in sorted({r[key] for r in rows})}
-    gaps = speech_gaps(read_supervisions(Path(args.data), "train").values())
     path = Path(args.data) / "collection.json"
     collection = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows, picked = [], pick_turns(args.data, args.split, args.turns, args.seed, dialogues=False)
+    texts = original_texts(collection, {turns[i]["recording_id"] for turns, i in picked})
+    for turns, i in tqdm(picked, desc="data", unit="turn"):
+        turn, engine = turns[i], turns[i]["custom"]["engine"]
+        text = texts.get((turn["id"], turn["text"]), turn["text"])
+        rows.append({"engine": engine, "kind": "dialogue" if len(turns) > 1 else "rare words", "text": text, "shaped": hear(sound_of(args.data, turn), turn["text"]),
+                     "plain": hear(unshaped(text, engine), turn["text"])})
+    groups = {"all": rows} | {f"{key} {value}": [r for r in rows if r[key] == value] for key in ("engine", "kind") for value in sorted({r[key] for r in rows})}
+    gaps = speech_gaps(read_supervisions(Path(args.data), "train").values())
     engines = sorted(collection.get("engine_shares") or {r["engine"] for r in rows})
-    texts = [r["shaped"]["said"] for r in rows]
-    result = {"groups": {name: {which: summary([r[which] for r in group]) for which in ("shaped", "plain")} for name, group in groups.items()},
+    texts = [r["text"] for r in rows]
+    result = {"groups": {name: {which: summary([r[which] for r in group]) for which in ("shaped", "plain")} | {"wer_difference": paired(group, "shaped", "plain")}
+                         for name, group in groups.items()}, "texts_with_capitals": sum(r["text"] != r["shaped"]["said"] for r in rows),
               "gaps": {"median_s": float(np.median(gaps)), "overlapping": float(np.mean(np.array(gaps) < 0)), "n": len(gaps)} if gaps else None,
               "times_real_time_per_process": {e: speaking_speed(e, texts[:20] if e == "hibari" else texts[:4], args.seed) for e in engines},
               "collection": {k: collection.get(k) for k in ("hours", "conversations", "turns", "characters", "engine_shares", "seconds_taken", "seed")}}
-    body = table(["turns", "n", "word error, shaped", "word error, TTS as it comes", "DistillMOS, shaped", "DistillMOS, TTS as it comes"],
-                 [[name, str(g["shaped"]["n"]), show(g["shaped"]["wer"], 2, True), show(g["plain"]["wer"], 2, True), show(g["shaped"].get("mos")), show(g["plain"].get("mos"))]
+    body = table(["turns", "n", "word error, shaped", "word error, TTS as it comes", "difference", "DistillMOS, shaped", "DistillMOS, TTS as it comes"],
+                 [[name, str(g["shaped"]["n"]), show(g["shaped"]["wer"], 2, True), show(g["plain"]["wer"], 2, True), show(g["wer_difference"], 2, True), show(g["shaped"].get("mos")), show(g["plain"].get("mos"))]
                   for name, g in result["groups"].items()])
     c = result["collection"]
     speeds = ", ".join(f"{e} {show(v, 0 if v >= 10 else 1)}" for e, v in result["times_real_time_per_process"].items())
@@ -420,7 +448,7 @@ def voice_result(rows: list[dict]) -> dict:
     import evaluation_framework as judge
     reasons = [r["end_reason"] for r in rows]
     timed = [r for r in rows if r["seconds"] > 0]
-    return {"conditions": {which: summary([r[which] for r in rows]) for which in ("made", "codec", "source")},
+    return {"conditions": {which: summary([r[which] for r in rows]) for which in ("made", "codec", "source")}, "wer_over_source": paired(rows, "made", "source"),
             "other_voice": judge.bootstrap_interval([r["other_voice"] for r in rows]),
             "ended": sum(bool(r["ended"]) for r in rows), "end_reasons": {x: reasons.count(x) for x in sorted(set(reasons))},
             "runaway": sum(r["end_reason"] in ("runaway", "max_seconds", "repeat") for r in rows),
@@ -436,7 +464,7 @@ def voice_body(result: dict) -> str:
     rtf, first, n = result["real_time_factor"], result["first_audio_ms"], result["n"]
     reasons = ", ".join(f"{k} {v}" for k, v in result["end_reasons"].items())
     return body + (f"\n\nWeights `{result['weights']['path']}` ({result['weights']['sha256']}). Ended by themselves {result['ended']} of {n} ({reasons}); runaway {result['runaway']}, "
-                   f"shorter than 0.6 of the source {result['early_stop']}; length against the source {show(result['length_ratio'])}. Cosine of the made voice to the other character "
+                   f"shorter than 0.6 of the source {result['early_stop']}; word error above the source by {show(result['wer_over_source'], 2, True)}; length against the source {show(result['length_ratio'])}. Cosine of the made voice to the other character "
                    f"{show(result['other_voice'])}. Real-time factor {show(rtf['p50'])} (p95 {show(rtf['p95'])}); first sound after {show(first['p50'], 0)} ms (p95 {show(first['p95'], 0)}).")
 
 

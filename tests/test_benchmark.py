@@ -61,7 +61,7 @@ def weights(tmp_path_factory):
     from rvq_tokenizer import Codec
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("weights")
-    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, codebook_dim=8, width=32, latent=32, encoder_layers=1, latent_layers=1,
+    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, width=32, latent=32, encoder_layers=1, latent_layers=1,
                               decoder_layers=3, num_mels=40))
     fingerprint = save_codec(codec.eval(), root / "codec")
     model = CSM(model_preset("test"))
@@ -120,6 +120,21 @@ def test_mis_sampling_keeps_the_first_codebooks():
     assert torch.equal(mixed.sort(-1).values, codes)
 
 
+def test_paired_difference():
+    rows = [{"a": {"said": "one two", "heard": "one"}, "b": {"said": "one two", "heard": "one two"}}, {"a": {"said": "three", "heard": "three"}, "b": {"said": "three", "heard": "x"}}]
+    assert benchmark.paired(rows, "a", "b")["mean"] == 0 and benchmark.paired(rows[:1], "a", "b")["mean"] == pytest.approx(0.5)
+
+
+def test_original_texts_are_those_of_the_manifest():
+    import synthetic_conversations
+    import text_tokenizer
+    plan = synthetic_conversations.Plan(3, "hibari", 0.0)
+    script = plan.script(2)
+    found = benchmark.original_texts({"source": "synthetic", "seed": 3, "engine": "hibari", "kokoro_share": 0.0, "conversations": 3}, {script.id})
+    text = script.turns[0]["text"]
+    assert found[f"{script.id}-00", text_tokenizer.normalise(text)] == text and text != text.lower() and benchmark.original_texts({}, set()) == {}
+
+
 def test_gaps_are_from_word_to_word(data):
     from dataset_pipeline import read_supervisions
     gaps = benchmark.speech_gaps(read_supervisions(data, "train").values())
@@ -140,6 +155,7 @@ def test_data_bench_stands_beside_the_plain_voice(data, tmp_path, judges, monkey
     monkeypatch.setattr(benchmark, "speaking_speed", lambda engine, texts, seed: 50.0)
     result = run(capsys, "data", "--data", data, "--turns", 6, "--results", tmp_path / "R.md")
     assert result["groups"]["all"]["shaped"]["n"] == 6 and set(result["groups"]) == {"all", "engine hibari", "kind dialogue"}
+    assert result["groups"]["all"]["wer_difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 6}          # both are heard alike here
     assert result["gaps"]["median_s"] == pytest.approx(0.3) and result["collection"]["hours"] is None
 
 
