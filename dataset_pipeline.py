@@ -463,21 +463,24 @@ class ConversationDataset:
         return batches + [batches[i % len(batches)] for i in range(missing)]
 
     def next_batch(self, stage: Stage | None = None) -> tuple[FrameBatch, FrameBatch | None, dict]:
-        """One micro-batch of this rank. A new stage takes effect with the next pool."""
+        """One micro-batch of this rank, from a pool of the given stage: a new stage begins a new pool."""
+        if self.place and stage is not None and stage != self.pool_stage:
+            self._next_pool()
+        if self.place == 0:
+            self.pool_stage = stage or self.pool_stage
         if self._pool is None:
-            self.pool_stage = self.pool_stage if self.place else stage or Stage()
             self._pool = self._make_pool(self.pool_number, self.pool_stage)
         windows = self._pool[self.place * self.ranks.world_size + self.ranks.rank]
         self.place += 1
-        if self.place * self.ranks.world_size >= len(self._pool) or self._moved_on(stage):
-            self.pool_number, self.place, self._pool = self.pool_number + 1, 0, None
+        if self.place * self.ranks.world_size >= len(self._pool):
+            self._next_pool()
         batch, history = collate(windows, self.cfg, self.tokenizer)
         self.used += int((batch.turn >= 0).sum())
         self.padded += batch.turn.numel()
         return batch, history, self.state_dict()
 
-    def _moved_on(self, stage: Stage | None) -> bool:
-        return stage is not None and stage != self.pool_stage
+    def _next_pool(self) -> None:
+        self.pool_number, self.place, self._pool = self.pool_number + 1, 0, None
 
     def fixed_batches(self, count: int, max_context: int) -> list[FrameBatch]:
         """The same `count` batches each time, for validation: turns spread over the split, no randomness in the windows."""

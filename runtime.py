@@ -133,6 +133,22 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed blocks instead of giving them back to the system and fetching them anew each step (CPU training).
+
+    Returns whether it could be done (Linux with glibc).
+    """
+    if sys.platform != "linux":
+        return False
+    import ctypes
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_max, trim_threshold = -4, -1                     # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2 ** 31 - 1))
+    except (OSError, AttributeError):                         # another C library
+        return False
+
+
 # ----------------------------------------------------------------------------- what ran where
 
 def peak_memory_mb() -> float | None:

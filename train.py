@@ -209,6 +209,8 @@ class Trainer:
     def __init__(self, cfg: TrainConfig, saved: dict | None = None, ranks: Ranks = Ranks()):
         self.cfg, self.ranks = cfg, ranks
         self.device = runtime.pick_device(cfg.device)
+        if self.device.type == "cpu":
+            runtime.keep_freed_memory()
         runtime.set_seed(cfg.seed + ranks.rank)
         self.codec_fingerprint = read_index(cfg.data)["codec_fingerprint"]
         self.model, self.origin = build_model(cfg, saved, self.codec_fingerprint)
@@ -366,13 +368,14 @@ class Trainer:
 
     def speak_samples(self) -> list[Path]:
         """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing."""
+        if not find(self.cfg.codec).exists():
+            return []
         from audio_io import write_audio
         from checkpoint import load_codec
         from config import SamplingConfig
         from generation import Session
-        if not find(self.cfg.codec).exists():
-            return []
         codec, paths = load_codec(self.cfg.codec), []
+        check_codec(self.cfg.data, self.codec_fingerprint, codec.fingerprint)
         self.model.eval()
         with self.average.applied(), torch.inference_mode():
             for number, text in enumerate(SAMPLES):
@@ -428,14 +431,14 @@ class Trainer:
             self.save_if_best()
 
     def _step_and_log(self) -> None:
-        before = self.clock
+        start = time.monotonic()
         means = self.gradients()
         norm, factor = self.update()
         positions = int((self.last_batch.turn >= 0).sum())
         self.step += 1
-        self.clock = time.monotonic()
-        seconds = self.clock - before
-        self._agree_on_time(seconds)
+        now = time.monotonic()
+        seconds, before, self.clock = now - start, self.clock, now
+        self._agree_on_time(now - before)                    # validation and saving count as well
         self.bar.update(1)
         if not self.ranks.main:
             return

@@ -1,0 +1,129 @@
+"""Plain errors, safe files, schedule and metrics."""
+import errno
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import runtime
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+    path = tmp_path / "sub" / "a.bin"
+    runtime.atomic_write(path, b"old")
+    runtime.atomic_write(path, lambda file: file.write(b"new"))
+    runtime.atomic_write(tmp_path / "t.txt", "gruen \u00fc")
+    assert path.read_bytes() == b"new" and (tmp_path / "t.txt").read_text(encoding="utf-8") == "gruen \u00fc"
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_old_file_survives_a_failing_writer(tmp_path, error):
+    path = runtime.atomic_write(tmp_path / "a.bin", b"old")
+
+    def half(file):
+        file.write(b"new but cut")
+        raise error
+    with pytest.raises(ValueError, match="untouched"):
+        runtime.atomic_write(path, half)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
+def test_old_checkpoint_survives_a_full_disk(tmp_path):
+    """A real torch.save that the system stops in the middle."""
+    code = ("import resource, torch, runtime\n"
+            f"path = {str(tmp_path / 'a.pt')!r}\n"
+            "runtime.atomic_write(path, b'old')\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "try: runtime.atomic_write(path, lambda f: torch.save(torch.zeros(100_000), f))\n"
+            "except ValueError as error: print('plain', open(path, 'rb').read(), 'cannot write' in str(error))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=runtime.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "plain b'old' True", done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("error, word", [(ValueError("change --x\nnow"), "change --x now"), (FileNotFoundError(2, "No such file", "a.wav"), "a.wav"),
+                                         (OSError(errno.ENOSPC, "No space left", "b.pt"), "full")])
+def test_errors_become_one_line_and_code_2(capsys, error, word):
+    @runtime.plain_errors
+    def main(argv=None):
+        raise error
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_a_bug_keeps_its_traceback():
+    @runtime.plain_errors
+    def main(argv=None):
+        raise KeyError("bug")
+    with pytest.raises(KeyError):
+        main([])
+
+
+def test_schedule_warms_up_and_comes_down():
+    values = [runtime.cosine_lr(s, 1000, 50, 0.1) for s in range(1001)]
+    assert values[0] == pytest.approx(1 / 50) and max(values) == pytest.approx(values[50], abs=0.01) and values[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(values[50:], values[51:]))
+    short = [runtime.cosine_lr(s, 100, 1000, 0.1) for s in range(100)]
+    assert max(short) > 0.9                                                    # a short run warms up in a tenth of its steps
+    assert runtime.cosine_lr(7, 10, 0, 0.0, progress=0.5) == pytest.approx(0.5)
+
+
+def test_unknown_device_names_the_flag():
+    with pytest.raises(ValueError, match="--device"):
+        runtime.pick_device("abacus")
+
+
+def test_manifest_says_where_this_ran():
+    manifest = runtime.run_manifest()
+    assert manifest["versions"]["torch"] == torch.__version__ and manifest["cores"] >= 1 and len(json.dumps(manifest)) > 100
+    assert runtime.peak_memory_mb() > 10
+
+
+def test_metrics_survive_a_crash_and_a_resume(tmp_path):
+    log = runtime.MetricsLog(tmp_path)
+    for step in range(4):
+        log.log(step, kind="train", loss=float("nan") if step == 1 else float(step), per=[1.0, math.inf])
+    log.log(2, kind="validation", validation_loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')                                          # cut off by a crash
+    assert [m["loss"] for m in runtime.read_metrics(log.path) if m["kind"] == "train"] == [0.0, None, 2.0, 3.0]
+    runtime.MetricsLog(tmp_path, start_step=2)
+    assert [(m["step"], m["kind"]) for m in runtime.read_metrics(log.path)] == [(0, "train"), (1, "train"), (2, "validation")]
+
+
+def test_broken_wandb_never_stops_a_run(tmp_path, capsys, monkeypatch):
+    class Broken:
+        def log(self, *a, **k):
+            raise RuntimeError("no network")
+    log = runtime.MetricsLog(tmp_path)
+    log.run = Broken()
+    log.log(0, loss=1.0)
+    log.log(1, loss=2.0)
+    log.close()
+    assert len(runtime.read_metrics(log.path)) == 2 and "no network" in capsys.readouterr().err
+
+
+def test_online_wandb_without_an_account_asks_nothing(tmp_path, monkeypatch, capsys):
+    import types
+    seen = {}
+    fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key=None), init=lambda **k: seen.update(k), Settings=lambda **k: k)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    runtime.MetricsLog(tmp_path, {}, "online")
+    assert seen["mode"] == "offline" and "wandb login" in capsys.readouterr().err
+
+
+def test_runtime_alone_does_not_load_torch():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", "import sys, runtime; print('torch' in sys.modules)"], cwd=runtime.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False" and time.monotonic() - start < 20
+
+
+def test_human_time():
+    assert [runtime.human_time(s) for s in (3.4, 75, 7265)] == ["3 s", "1 min 15 s", "2 h 1 min"]

@@ -1,0 +1,292 @@
+"""The trainer on a tiny model and random shards: resume, accumulation, curriculum, averages, plain refusals."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+import train
+from config import TrainConfig, model_preset, to_dict
+from runtime import ROOT, Ranks, read_metrics
+
+CFG = model_preset("test")
+FINGERPRINT = "c" * 16
+
+
+def write_tokens(folder, fingerprint=FINGERPRINT, conversations=8, turns=4):
+    """Shards as dataset_pipeline.py writes them, with random codes."""
+    generator = torch.Generator().manual_seed(0)
+    index = {"format": 1, "codec_fingerprint": fingerprint, "tokenizer": "bytes", "frame_rate": 12.5, "num_codebooks": 32, "splits": {}}
+    (folder / "tokens").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        records, codes, consumed = [], [], []
+        for c in range(conversations):
+            for t in range(turns):
+                n = int(torch.randint(6, 20, (1,), generator=generator))
+                text = "good morning." if t % 2 else "yes."
+                codes.append(torch.randint(0, 64, (32, n), generator=generator).to(torch.int16))
+                consumed.append((torch.arange(1, n + 1) * len(text) // n).to(torch.int16))
+                records.append({"id": f"{split}{c}-{t}", "conversation": f"{split}{c}", "text": text, "frames": n, "phones": 2, "speaker": t % 2,
+                                "mood": "calm", "character": "x"})
+        tensors = {"codes": torch.cat(codes, 1), "consumed": torch.cat(consumed), "phones": torch.full((2 * len(records),), 5, dtype=torch.uint8)}
+        header = {"format": "1", "codec_fingerprint": fingerprint, "content": "x", "turns": json.dumps(records)}
+        save_file(tensors, folder / "tokens" / f"{split}-00000.safetensors", header)
+        index["splits"][split] = {"shards": [f"{split}-00000.safetensors"]}
+    (folder / "tokens/index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No lexicon file and no audio samples: other tests have them."""
+    monkeypatch.setattr(train, "load_lexicon", lambda *a: None)
+    monkeypatch.setattr(train.Trainer, "speak_samples", lambda self: [])
+
+
+def settings(folder, output, **changes):
+    return TrainConfig(**{"model_size": "test", "data": str(folder), "output": str(output), "max_steps": 6, "batch_positions": 256, "warmup_steps": 2,
+                          "eval_every": 100, "eval_batches": 1, "save_every": 3, "log_every": 1, "precision": "fp32", "wandb": "disabled", "device": "cpu",
+                          "from_scratch": True} | changes)
+
+
+def flags(cfg):
+    return [f"--{name}={value}" for name, value in to_dict(cfg).items()]
+
+
+def run(cfg, saved=None):
+    trainer = train.Trainer(cfg, saved)
+    trainer.run()
+    return trainer
+
+
+def losses(folder):
+    return [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "train"]
+
+
+def test_resume_is_exact(data, tmp_path):
+    whole = run(settings(data, tmp_path / "a"))
+    part = train.Trainer(settings(data, tmp_path / "b"))
+    original = part._step_and_log
+
+    def stop_after_three():
+        original()
+        part.interrupted = part.step == 3
+    part._step_and_log = stop_after_three
+    part.run()
+    torch.manual_seed(99)
+    cfg, saved = train.read_settings(["--resume", str(tmp_path / "b/last.pt")])
+    assert cfg.max_steps == 6 and saved["step"] == 3
+    resumed = run(cfg, saved)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "a")) == 6
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(a, b) for a, b in zip(whole.average.values, resumed.average.values))
+
+
+def test_two_micro_batches_equal_one_batch_of_both(data, tmp_path):
+    """One normaliser for all micro-batches: the gradient is that of all targets at once."""
+    trainer = train.Trainer(settings(data, tmp_path, accumulate=2))
+    trainer.data.p_history = 0.0                                              # join() below knows no history
+    trainer.next_batch = lambda: trainer.data.next_batch(train.Stage(1))
+    drawn = trainer._draw()
+    a, b = (d[0] for d in drawn)
+    trainer._draw = lambda: drawn
+    trainer.model.cfg.depth_fraction = 1.0
+    split = trainer.gradients()
+    gradient = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    trainer._draw = lambda: [(join(a, b), None, None, torch.Generator().manual_seed(0))]
+    together = trainer.gradients()
+    for name in split:
+        assert split[name] == pytest.approx(together[name], rel=1e-4), name
+    scale = max(float(g.abs().max()) for g in gradient.values())
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            assert (parameter.grad - gradient[name]).abs().max() < 1e-4 * scale, name
+    assert len(a.turn) != len(b.turn) or a.S != b.S                           # unequal micro-batches, or nothing is shown
+
+
+def join(a, b):
+    """Two batches as one."""
+    from dataclasses import fields
+    out = {}
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if x is None:
+            out[f.name] = None
+            continue
+        shape = (len(x) + len(y), max(x.size(1), y.size(1)), *x.shape[2:])
+        out[f.name] = torch.full(shape, -1 if f.name in ("turn", "text_index", "reading") else 0, dtype=x.dtype)
+        out[f.name][:len(x), :x.size(1)], out[f.name][len(x):, :y.size(1)] = x, y
+    return train.FrameBatch(**out)
+
+
+def test_counts_are_those_of_the_loss(data, tmp_path):
+    trainer = train.Trainer(settings(data, tmp_path))
+    for _ in range(3):
+        batch, history, _ = trainer.data.next_batch(train.Stage(3))
+        words = (torch.tensor([[97, 98], [99, 256]]), torch.tensor([[3, 0], [4, 0]]))
+        terms = trainer.model.loss(batch, history, words)
+        terms.pop("metrics")
+        assert train.target_counts(trainer.model, batch, words) == {name: count for name, (_, count) in terms.items()}
+
+
+def test_two_ranks_share_one_gradient(data, tmp_path):
+    """Sum over ranks of gradients that were divided by the counts of all ranks (the ranks are simulated by hand)."""
+    alone = train.Trainer(settings(data, tmp_path / "a", accumulate=2))
+    alone.next_batch = lambda: alone.data.next_batch(train.Stage(0))
+    drawn = alone._draw()
+    alone._draw = lambda: drawn
+    alone.gradients()
+    want = alone.model.projection.weight.grad.clone()
+    total = [alone._counts([d]) for d in drawn]
+    both = {k: total[0][k] + total[1][k] for k in total[0]}
+    got = torch.zeros_like(want)
+    for d in drawn:
+        one = train.Trainer(settings(data, tmp_path / "b"), ranks=Ranks(0, 1, 0))
+        d[3].manual_seed(d[3].initial_seed())
+        one._draw, one._counts = lambda d=d: [d], lambda drawn: both
+        one.gradients()
+        got += one.model.projection.weight.grad
+    assert torch.allclose(got, want, atol=1e-6 * float(want.abs().max()) + 1e-8)
+
+
+def test_torchrun_equals_one_process_with_twice_the_micro_batches(data, tmp_path):
+    options = {"max_steps": 2, "lexicon_words": 0, "codec": str(tmp_path / "none")}
+    run(settings(data, tmp_path / "alone", accumulate=2, **options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *flags(settings(data, tmp_path / "two", **options))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+def test_from_scratch_the_first_loss_is_that_of_guessing(data, tmp_path):
+    trainer = train.Trainer(settings(data, tmp_path))
+    for value in trainer.validate()["per_codebook"]:
+        assert abs(value - math.log(CFG.audio_vocab)) < 0.5
+    assert len(trainer.validation["per_codebook"]) == CFG.num_codebooks
+
+
+def test_training_lowers_the_validation_loss_and_writes_what_it_promises(data, tmp_path):
+    trainer = run(settings(data, tmp_path, max_steps=15, eval_every=5, save_every=-1))
+    held = [m["validation_c0"] for m in read_metrics(tmp_path / "metrics.jsonl") if m["kind"] == "validation"]
+    assert len(held) == 4 and held[-1] < held[0] - 0.02
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_model.pt", "last.pt", "loss.png", "metrics.jsonl"]
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    model = checkpoint.load_model(tmp_path / "best_model.pt")
+    assert torch.equal(model.projection.weight, dict(zip(trainer.average.names, trainer.average.values))["projection.weight"]) and model.codec_fingerprint == FINGERPRINT
+
+
+def test_validation_does_not_disturb_training(data, tmp_path):
+    run(settings(data, tmp_path / "a", eval_every=1))
+    run(settings(data, tmp_path / "b", eval_every=100))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_curriculum_only_from_scratch(data, tmp_path):
+    trainer = train.Trainer(settings(data, tmp_path, max_steps=10))
+    assert trainer.stage() == train.Stage(0, train.EARLY_SECONDS)
+    trainer.step = 4
+    assert trainer.stage() == train.Stage(3)
+    checkpoint.save_pretrained(trainer.model, tmp_path / "shipped", codec_fingerprint=FINGERPRINT)
+    tuned = train.Trainer(settings(data, tmp_path, from_scratch=False, init_from=str(tmp_path / "shipped")))
+    assert tuned.stage() == train.Stage(3) and tuned.lr_scale < 1
+
+
+def test_minutes_rule_the_schedule_and_are_kept(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "monotonic", lambda ticks=iter(range(10 ** 6)): next(ticks) * 5.0)      # a clock of 5 s per look
+    trainer = run(settings(data, tmp_path, minutes=1.0, max_steps=1))
+    assert trainer.minutes >= 1.0 and trainer.step > 1
+    assert checkpoint.load_training(tmp_path / "last.pt")["minutes"] == trainer.minutes
+
+
+def test_average_follows_and_swaps(data, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    average = train.Average(model, 0.5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1.0
+    average.update()
+    live = model.weight.detach().clone()
+    with average.applied():
+        assert torch.allclose(model.weight, before + 0.9)                      # decay of the first update: 1/10
+    assert torch.equal(model.weight, live)
+
+
+def test_every_parameter_is_in_exactly_one_optimiser(data, tmp_path):
+    trainer = train.Trainer(settings(data, tmp_path))
+    grouped = [id(p) for o in trainer.optimisers for g in o.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in trainer.model.parameters())
+    matrices, decayed, plain = train.split_parameters(trainer.model)
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    assert not any("head" in names[id(p)] or "embedding" in names[id(p)] for p in matrices)
+    assert any("gate" in names[id(p)] for p in plain) and any("audio_head" in names[id(p)] for p in decayed)
+
+
+def test_not_finite_stops_before_the_step(data, tmp_path):
+    trainer = train.Trainer(settings(data, tmp_path))
+    trainer.next_batch = lambda: trainer.data.next_batch(train.Stage(0))
+    before = trainer.model.projection.weight.detach().clone()
+    with torch.no_grad():
+        trainer.model.codebook0_head.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.gradients()
+    assert torch.equal(trainer.model.projection.weight, before)
+    assert torch.load(tmp_path / "nonfinite-0.pt", weights_only=True)["frames"].dim() == 3
+
+
+def test_plain_refusals(data, tmp_path, capsys):
+    def error(**changes):
+        assert train.main(flags(settings(data, tmp_path / "out", **changes))) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith("error: ")
+        return err
+    assert "python collect_data.py" in error(data=str(tmp_path / "none"))
+    assert "there is no checkpoint" in error(resume=str(tmp_path / "none.pt"))
+    assert "nano" in error(model_size="giant")
+    (tmp_path / "bad.pt").write_bytes(b"nonsense")
+    assert "damaged" in error(resume=str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_codec_is_refused(data, tmp_path, capsys):
+    run(settings(data, tmp_path / "a", max_steps=1))
+    other = write_tokens(tmp_path / "other", "d" * 16, conversations=1)
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train.main(["--resume", str(tmp_path / "a/last.pt"), "--data", str(other), "--max_steps", "3"]) == 2
+    assert "fingerprint" in capsys.readouterr().err and (tmp_path / "a/last.pt").read_bytes() == before
+
+
+def test_main_end_to_end_and_a_finished_run(data, tmp_path, capsys):
+    cfg = settings(data, tmp_path, max_steps=2)
+    assert train.main(flags(cfg)) == 0
+    assert "starting from scratch" in capsys.readouterr().out
+    assert train.main(["--resume", str(tmp_path / "best_model.pt")]) == 0
+    assert "raise --max_steps" in capsys.readouterr().out
+    assert train.main(["--resume", str(tmp_path / "best_model.pt"), "--max_steps", "3"]) == 0
+    assert len(losses(tmp_path)) == 3
+    assert train.main(flags(cfg)) == 0                                          # a new run sets the old one aside
+    assert checkpoint.load_training(tmp_path / "previous/last.pt")["step"] == 3
+
+
+def test_full_disk_is_said_before_the_work(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.runtime, "free_disk_mb", lambda folder: 0.5)
+    assert train.main(flags(settings(data, tmp_path / "out"))) == 2
+    assert "free some space" in capsys.readouterr().err
+
+
+def test_lexicon_words_are_padded():
+    from text_tokenizer import PAD, ByteTokenizer
+    words = train.Lexicon([("ab", "\u00e6b"), ("a", "\u0259"), ("x", "\u025bksz")], ByteTokenizer())
+    tokens, phones = words.draw(16, torch.Generator().manual_seed(0))
+    assert len(words.pairs) == 2 and tokens.shape == (16, 2) and set(tokens[:, 1].tolist()) == {98, PAD} and phones.min() == 0
