@@ -36,7 +36,8 @@ class CodecConfig:
     num_codebooks: int = 32
     num_semantic: int = 10            # codebooks 1..num_semantic carry the words
     codebook_size: int = 1024
-    codebook_dim: int = 32            # width of the space in which codes are chosen
+    semantic_dim: int = 32            # width of the space in which semantic codes are chosen
+    acoustic_dim: int = 64            # the same for acoustic codes
     num_mels: int = 80
     num_low_bins: int = 96            # fine linear bins below 1125 Hz: pitch is read from these
     width: int = 256                  # encoder and decoder at the slot rate
@@ -293,7 +294,7 @@ class CodecTrainConfig:
     seed: int = 1234
     device: str = "auto"
     wandb: str = "offline"
-    loss_weights: dict = field(default_factory=lambda: {"mel": 1.0, "stft": 1.0, "phones": 1.0, "f0": 1.0, "commit": 0.25})
+    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 0.5, "f0": 1.0, "commit": 0.25})
 
 
 # ----------------------------------------------------------------------------- JSON and CLI

@@ -142,7 +142,7 @@ def make_trainer_modules(cfg: CodecConfig):
 
         def __init__(self):
             super().__init__()
-            self.mix = nn.Conv1d(cfg.codebook_dim, 256, 3, padding=1)
+            self.mix = nn.Conv1d(cfg.semantic_dim, 256, 3, padding=1)
             self.out = nn.Linear(256, cfg.slots * len(cfg.phones))
 
         def forward(self, z):
@@ -177,43 +177,42 @@ def make_trainer_modules(cfg: CodecConfig):
 
 
 def quantise(codec, x, cfg: CodecTrainConfig, generator):
-    """latents (B, T, E) -> decoder input (B, T, E), commitment loss, semantic partial sums, z and codes for the EMA."""
+    """latents (B, T, E) -> decoder input (B, T, E), commitment loss, per side (quantiser, z, codes, partial sums)."""
     import torch
-    B, T, _ = x.shape
-    sides, commit, per_level = [], 0.0, []
-    for quantizer, project in ((codec.semantic, codec.semantic_in), (codec.acoustic, codec.acoustic_in)):
+    total, split = codec.cfg.num_codebooks, codec.cfg.num_semantic
+    count, first = draw_truncation(x.shape[0], total, cfg, generator)
+    sides, commit, decoder_in = [], 0.0, 0.0
+    for offset, quantizer, project, back in ((0, codec.semantic, codec.semantic_in, codec.semantic_out),
+                                             (split, codec.acoustic, codec.acoustic_in, codec.acoustic_out)):
         z = project(x).float()
         codes = quantizer.encode(z.detach(), quantizer.levels)
         vectors = quantizer.vectors(codes)                                             # (L, B, T, d)
         sums = vectors.cumsum(0)
         before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
         commit = commit + ((z[None] - before - vectors) ** 2).mean()
-        per_level.append(vectors)
         sides.append((quantizer, z, codes, sums))
-    total = codec.cfg.num_codebooks
-    count = torch.full((B,), total)
-    short = torch.rand(B, generator=generator) < cfg.dropout_probability
-    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)]
-    count = torch.where(short, choice.clamp(max=total), count)
-    vectors = missample(torch.cat(per_level), cfg, generator)
-    keep = (torch.arange(total)[:, None] < count[None]).to(vectors.dtype)[..., None, None]
-    split = codec.cfg.num_semantic
-    semantic, acoustic = (vectors * keep)[:split].sum(0), (vectors * keep)[split:].sum(0)
-    zs, za = sides[0][1], sides[1][1]
-    semantic = zs + (semantic - zs).detach()
-    has_acoustic = (count > split).to(za.dtype)[:, None, None]
-    acoustic = (za + (acoustic - za).detach()) * has_acoustic
-    decoder_in = codec.semantic_out(semantic) + codec.acoustic_out(acoustic) * has_acoustic
+        level = torch.arange(offset, offset + quantizer.levels)[:, None]
+        keep = (level < count[None]).to(z.dtype)[..., None, None]
+        heard = (missample(vectors, level >= first[None], generator) * keep).sum(0)
+        there = (count > offset).to(z.dtype)[:, None, None]
+        decoder_in = decoder_in + back(z + (heard - z).detach()) * there
     return decoder_in, commit, sides
 
 
-def missample(vectors, cfg: CodecTrainConfig, generator):
-    """vectors (L, B, T, d): in some crops, later levels get another crop's vectors, as a language model's errors would."""
+def draw_truncation(B: int, total: int, cfg: CodecTrainConfig, generator):
+    """Per crop: how many codebooks the decoder hears, and from which one on they may be mis-sampled (total: none)."""
     import torch
-    L, B, T, _ = vectors.shape
+    short = torch.rand(B, generator=generator) < cfg.dropout_probability
+    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)].clamp(max=total)
     swap = torch.rand(B, generator=generator) < cfg.noise_probability
-    first = torch.randint(3, L, (B,), generator=generator)
-    where = (torch.rand(L, B, T, generator=generator) < 0.3) & (torch.arange(L)[:, None] >= first[None])[..., None] & swap[None, :, None]
+    first = torch.randint(min(3, total - 1), total, (B,), generator=generator)
+    return torch.where(short, choice, total), torch.where(swap, first, total)
+
+
+def missample(vectors, may, generator):
+    """vectors (L, B, T, d), may (L, B): there, some get another crop's vectors, as a language model's errors would."""
+    import torch
+    where = (torch.rand(vectors.shape[:3], generator=generator) < 0.3) & may[..., None]
     return torch.where(where[..., None], vectors.roll(1, 1), vectors)
 
 
@@ -261,8 +260,8 @@ def start_codebooks(codec, data, cfg, rng) -> None:
         for _ in range(max(4, 12000 // (cfg.batch * 24))):
             audio, _, _ = data.batch(rng, cfg.batch, int(cfg.seconds * 24000))
             x, _ = codec.latents(audio)
-            zs.append(codec.semantic_in(x).reshape(-1, codec.cfg.codebook_dim))
-            za.append(codec.acoustic_in(x).reshape(-1, codec.cfg.codebook_dim))
+            zs.append(codec.semantic_in(x).reshape(-1, codec.cfg.semantic_dim))
+            za.append(codec.acoustic_in(x).reshape(-1, codec.cfg.acoustic_dim))
         codec.semantic.kmeans(torch.cat(zs))
         codec.acoustic.kmeans(torch.cat(za))
     codec.train()

@@ -12,7 +12,7 @@ import train_codec
 from config import CodecConfig, CodecTrainConfig
 from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics
 
-TINY = CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, codebook_dim=8, width=24, latent=32, encoder_layers=1,
+TINY = CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, semantic_dim=8, acoustic_dim=12, width=24, latent=32, encoder_layers=1,
                    latent_layers=1, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)
 
 
