@@ -155,6 +155,11 @@ def _device(model) -> torch.device:
     return next(model.parameters()).device
 
 
+def guided(cfg: ModelConfig) -> bool:
+    """Whether the model moves a reading position along the text."""
+    return cfg.cross.enabled and cfg.cross.guided
+
+
 @dataclass
 class Finger:
     """The reading position: how far the voice has come in the text of its turn."""
@@ -226,7 +231,7 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
     cfg, size = model.cfg, codec.cfg.codebook_size
     prefix = tokenizer.speak_prefix(turn.speaker, turn.mood)
     body = tokenizer.encode(turn.text)
-    finger = Finger(len(prefix), len(prefix) + len(body), cfg.cross.enabled and cfg.cross.guided)
+    finger = Finger(len(prefix), len(prefix) + len(body), guided(cfg))
     guard = Guard(*frame_limits(cfg, sampling, len(body), state.limit - state.length - finger.end - 1))
     hidden = prefill_turn(model, state, prefix + body + [tokenizer.eot], number, finger.reading)
     frames, chunks, readings, sound = [], [], [finger.reading, finger.reading], None
@@ -274,7 +279,7 @@ def generate_slow(model: CSM, codec, tokenizer, context: FrameBatch | None, turn
     """
     cfg, size = model.cfg, codec.cfg.codebook_size
     prefix, body = tokenizer.speak_prefix(turn.speaker, turn.mood), tokenizer.encode(turn.text)
-    finger = Finger(len(prefix), len(prefix) + len(body), cfg.cross.enabled and cfg.cross.guided)
+    finger = Finger(len(prefix), len(prefix) + len(body), guided(cfg))
     ids = prefix + body + [tokenizer.eot]
     rows = text_rows(ids, cfg, number, [-1] * (len(ids) - 1) + [finger.reading], _device(model))
     rows = join([context, rows]) if context is not None else rows
@@ -411,7 +416,7 @@ class Session:
             return Turn(speaker, self.transcribe(codes, speaker), mood, codes, heard=True)
         first = len(self.tokenizer.speak_prefix(speaker, mood))
         readings = None
-        if consumed is not None and self.model.cfg.cross.guided and len(consumed) == codes.shape[1]:
+        if consumed is not None and guided(self.model.cfg) and len(consumed) == codes.shape[1]:
             readings = [first, first] + [first + n for n in consumed]
         return Turn(speaker, normalise(text), mood, codes, readings=readings)
 

@@ -116,6 +116,28 @@ def test_rows_of_a_heard_turn(model):
     assert (rows.reading == -1).all()
 
 
+@pytest.mark.parametrize("heard", [False, True])
+def test_rows_are_those_of_training(model, heard):
+    import dataset_pipeline
+    codes, text, consumed = torch.randint(0, 64, (32, 3), dtype=torch.int16), "oh no.", [2, 2, 6]
+    trained = dataset_pipeline.Turn(codes, torch.tensor(consumed), TOKENIZER.encode(text), torch.zeros(0), text, 1, "sad", None)
+    expected = dataset_pipeline.turn_rows(trained, model.cfg, TOKENIZER, 1, "sad", heard)
+    ours = turn_rows(Turn(1, text, "sad", codes[:8].long(), heard=heard, readings=None if heard else [3, 3, 5, 5, 9]), model.cfg, TOKENIZER, 0)
+    for name in ("frames", "mask", "text_index", "reading"):
+        assert torch.equal(getattr(ours, name)[0], expected[name]), name
+
+
+@pytest.mark.parametrize("overrides", [{"cross": dataclasses.replace(model_preset("test").cross, enabled=False)},
+                                       {"memory": dataclasses.replace(model_preset("test").memory, enabled=False)},
+                                       {"text_head": False}, {"code_offset": 0}])
+def test_every_addition_can_be_off(overrides, codec):
+    s = session(make_model(**overrides), codec)
+    for number in range(4):
+        assert s.say(number % 2, "on and on").num_frames > 0
+    s.add_turn(1, audio=np.full(4000, 0.1, np.float32))
+    assert s.say(0, "and on").end_reason
+
+
 # ----------------------------------------------------------------------------- ends, always
 
 def test_random_models_end(model, unguided, codec):
