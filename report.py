@@ -132,7 +132,7 @@ def line_chart(series: dict[str, list[tuple]], width: int = 720, height: int = 2
 
     def at(x, y):
         return left + (x - x0) / (x1 - x0) * (width - left - right), top + (y1 - y) / (y1 - y0) * (height - top - bottom)
-    parts = []
+    parts, ends = [], []
     for y in _ticks(y0, y1):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at(x0, y)[1]:.1f}" y2="{at(x0, y)[1]:.1f}"/>'
                      f'<text class="tick" x="{left - 8}" y="{at(x0, y)[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
@@ -144,8 +144,12 @@ def line_chart(series: dict[str, list[tuple]], width: int = 720, height: int = 2
         raw = f'<path class="raw s{i}" d="{path(points)}"/>' if len(points) > 30 else ""
         dots = "".join('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>'.format(i, *at(*p)) for p in points) if len(points) <= 15 else ""
         line = smooth(points) if len(points) > 30 else points
-        ex, ey = at(*line[-1])
-        parts.append(f'{raw}<path class="line s{i}" d="{path(line)}"/>{dots}<text class="end s{i}" x="{ex + 8:.1f}" y="{ey + 4 - 14 * i * (len(series) > 1):.1f}">{line[-1][1]:.2f}</text>')
+        ends.append((at(*line[-1])[1] + 4, at(*line[-1])[0] + 8, i, line[-1][1]))
+        parts.append(f'{raw}<path class="line s{i}" d="{path(line)}"/>{dots}')
+    lowest = math.inf
+    for y, x, i, value in sorted(ends, reverse=True):                         # from the bottom up, so that labels do not overlap
+        lowest = min(y, lowest - 13)
+        parts.append(f'<text class="end s{i}" x="{x:.1f}" y="{lowest:.1f}">{value:.2f}</text>')
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{esc(title)}">{"".join(parts)}</svg>'
 
 
@@ -257,7 +261,9 @@ def metric_series(rows: list[dict]) -> tuple[dict, dict]:
                 total.setdefault(split, []).append((row["step"], value))
             elif len(name) == 1 and name[0] in TERMS:
                 terms.setdefault(name[0], {}).setdefault(split, []).append((row["step"], value))
-    return total, terms
+    def ordered(parts):
+        return {split: parts[split] for split in ("training", "validation") if split in parts}
+    return ordered(total), {name: ordered(parts) for name, parts in terms.items()}
 
 
 # ----------------------------------------------------------------------------- sections of the page
@@ -401,7 +407,7 @@ def codebooks_html(rows: list[dict]) -> str:
         return ""
     series = {f"step {row['step']}": list(enumerate(row["validation_per_codebook"], 1)) for row in ([looks[0], looks[-1]] if len(looks) > 1 else looks)}
     keys = "".join(f'<span class="key s{i}">{name}</span>' for i, name in enumerate(series))
-    return f'<figure class="panel"><figcaption>validation by codebook {keys}</figcaption>{line_chart(series, 340, 190, "validation loss by codebook")}</figure>'
+    return f'<figure class="panel"><figcaption>by codebook {keys}</figcaption>{line_chart(series, 340, 190, "validation loss by codebook")}</figure>'
 
 
 def steps_html(steps: list[dict]) -> str:
@@ -506,7 +512,7 @@ td{padding:7px 14px 7px 0;border-top:1px solid var(--line);white-space:nowrap}.p
 figure{margin:0}figcaption{font-weight:600;font-size:14.5px;margin-bottom:8px}.multiples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:20px}.multiples .panel{margin:0}
 .chart{width:100%;height:auto;display:block;overflow:visible}.chart .grid{stroke:var(--line)}.chart text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}.chart .line{fill:none;stroke-width:2.2;stroke-linejoin:round}.chart .raw{fill:none;stroke-width:1;opacity:.28}
 .chart .s0{stroke:var(--c1)}.chart .s1{stroke:var(--c0)}.chart circle.s0{fill:var(--c1)}.chart circle.s1{fill:var(--c0)}.chart text.end{font-weight:700;stroke:none}.chart text.s0{fill:var(--c1)}.chart text.s1{fill:var(--c0)}
-.key{font-weight:500;font-size:13px;margin-left:14px}.key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;background:currentColor}.key.s0{color:var(--c1)}.key.s1{color:var(--c0)}
+.key{white-space:nowrap;display:inline-block;font-weight:500;font-size:13px;margin-left:14px}.key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;background:currentColor}.key.s0{color:var(--c1)}.key.s1{color:var(--c0)}
 .strip{display:flex;gap:2px;height:22px;border-radius:8px;overflow:hidden;margin-bottom:12px}.dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:9px}
 .k0{background:#26669e}.k1{background:#2f9c95}.k2{background:#8fb339}.k3{background:#e0a030}.k4{background:#d9614c}.k5{background:#97459b}
 .machine{display:grid;grid-template-columns:minmax(90px,auto) 1fr;gap:6px 22px;font-size:14.5px}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}

@@ -83,7 +83,7 @@ def test_training_and_steps(tmp_path):
     (tmp_path / "steps" / "demo.json").write_text(json.dumps({"name": "demo", "state": "running", "seconds": 77}))
     text, _ = run(tmp_path)
     assert "first codebook" in text and "validation" in text and "5.40" in text and "5.5 min" in text and "3,900 MB" in text
-    assert "validation by codebook" in text and "6.93" in text and "5.50" in text
+    assert "by codebook" in text and "6.93" in text and "5.50" in text
     assert text.index("</i>setup") < text.index("</i>train") and "77 s" not in text       # in order, finished steps only
 
 
@@ -133,6 +133,6 @@ def test_png_is_a_picture_of_the_sound():
 
 
 def test_metric_names_are_sorted_into_curves():
-    total, terms = report.metric_series([{"step": 1, "loss": 3.0, "val/loss": 4.0, "lr": 1.0, "depth": 2.0, "val_c0": 5.0, "depth_per_codebook": [1, 2]}])
-    assert total == {"training": [(1, 3.0)], "validation": [(1, 4.0)]}
+    total, terms = report.metric_series([{"step": 0, "validation_loss": 9.0}, {"step": 1, "loss": 3.0, "val/loss": 4.0, "lr": 1.0, "depth": 2.0, "val_c0": 5.0, "depth_per_codebook": [1, 2]}])
+    assert total == {"training": [(1, 3.0)], "validation": [(0, 9.0), (1, 4.0)]} and list(total) == ["training", "validation"]
     assert terms == {"depth": {"training": [(1, 2.0)]}, "c0": {"validation": [(1, 5.0)]}}
