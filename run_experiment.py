@@ -356,7 +356,7 @@ def announce_training(root: Path, python: Path, settings: Settings):
     def before(step: Step) -> None:
         expected = training_seconds(root, python, settings) if step.name == "train" else None
         if expected:
-            print(f"  this will take about {human_time(expected[0])} ({expected[1]})", flush=True)
+            print(f"  the steps will take about {human_time(expected[0])} ({expected[1]}); loading and checking come on top", flush=True)
     return before
 
 

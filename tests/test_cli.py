@@ -20,6 +20,8 @@ import setup_environment
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TRAIN = "--model_size test --batch_positions 512 --eval_batches 1 --lexicon_words 4 --wandb disabled --output"
 
+PATIENCE = 900      # seconds; only a machine that does other work needs more than a minute
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX shell")]
 
 
@@ -51,19 +53,32 @@ COMMANDS = {
     "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
     "python train_codec.py --export checkpoints/codec/pretrained --resume checkpoints/codec/last.pt": ("", ""),
     "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano": ("--output checkpoints/small", ""),
+    "python benchmark.py judges": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py data": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py codec": ("--turns 1 --results outputs/R.md", ""),
+    "python benchmark.py voice": ("--turns 1 --results outputs/R.md", ""),
+    "python benchmark.py speed": ("--turns 1 --results outputs/R.md", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
 
 def run(house: Path, command: list[str], stdin: str = "", **env) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=house, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=300)
+    """Ends politely when it takes too long, so that no step is left running."""
+    process = subprocess.Popen(command, cwd=house, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    try:
+        out, err = process.communicate(stdin, timeout=PATIENCE)
+    except BaseException:
+        process.terminate()
+        process.wait(60)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def tiny_codec(folder: Path) -> None:
     from checkpoint import save_codec
     from config import CodecConfig
     from rvq_tokenizer import Codec
-    save_codec(Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, codebook_dim=8, width=32, latent=32,
+    save_codec(Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, semantic_dim=8, acoustic_dim=8, width=32, latent=32,
                                  encoder_layers=1, latent_layers=1, decoder_layers=1, num_mels=40)).eval(), folder)
 
 
