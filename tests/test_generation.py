@@ -8,7 +8,7 @@ import torch
 import generation
 from architecture import CSM
 from config import CodecConfig, SamplingConfig, model_preset
-from generation import Finger, Guard, Retriever, Session, Turn, generate_slow, sample, split_text, stream_turn, turn_rows
+from generation import Finger, Guard, Retriever, Session, Turn, generate_slow, sample, split_text, turn_rows
 from rvq_tokenizer import Codec
 from text_tokenizer import ByteTokenizer
 
