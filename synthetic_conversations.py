@@ -180,7 +180,7 @@ class Character:
 
 
 def draw_character(name: str, engine: str, rng: random.Random) -> Character:
-    """A character from continuous ranges; the ranges are those that kept DistillMOS and word error (see LOG.md)."""
+    """A character from continuous ranges; the ranges are those that left DistillMOS and word error where they were."""
     pace, gain = rng.uniform(-0.09, 0.09), rng.uniform(-1.5, 1.5)
     if engine == "kokoro":
         weights = [rng.gammavariate(0.5, 1.0) for _ in KOKORO_VOICES]
@@ -365,7 +365,7 @@ class HibariEngine:
         audio = dsp.synth(lh + slope, th, ln + slope + breath, lr + slope, phi, f0, rng)
         audio = audio_io.resample(audio, SAMPLE_RATE * size, SAMPLE_RATE, quality="MQ")
         times = np.clip((ends[1:-1] - 80 * LAG - first) * 0.0125, 0, (last - first) * 0.0125) / size
-        return audio, times.tolist(), f0[f0 > 60.0] * size
+        return audio, times.tolist(), f0[f0 > 90.0] * size
 
     @staticmethod
     def _shape_f0(f0: np.ndarray, semitones: float, range_: float) -> np.ndarray:
@@ -414,10 +414,10 @@ class KokoroEngine:
         last = min(len(sound), int(ends[said[-1] + 1] + TAIL * SAMPLE_RATE))
         audio = sound[first:last]
         times = np.clip(ends[1:] - first, 0, last - first) / SAMPLE_RATE
-        return audio, times.tolist(), _measured_f0(audio)
+        return audio, times.tolist(), measured_f0(audio)
 
 
-def _measured_f0(audio: np.ndarray) -> np.ndarray:
+def measured_f0(audio: np.ndarray) -> np.ndarray:
     """f0 of the voiced frames in Hz by WORLD (dio and stonemask)."""
     with warnings.catch_warnings():                                        # it imports the deprecated pkg_resources
         warnings.simplefilter("ignore")
@@ -435,16 +435,16 @@ def _engine(name: str):
 
 def _pieces(text: str) -> list[tuple[int, str]]:
     """(offset, sentence) of a spoken text; sentences over 200 characters are parted at commas or spaces."""
-    out = []
-    for match in re.finditer(r"\S.*?(?:(?<![A-Z])[.?!](?=\s+[A-Z])|$)", text):
-        start, piece = match.start(), match[0]
-        while len(piece) > 200:
-            cut = max(piece.rfind(", ", 40, 200) + 1, 0) or piece.rfind(" ", 1, 200)
-            cut = cut if cut > 0 else 200
-            out.append((start, piece[:cut]))
-            rest = piece[cut:].lstrip()
-            start, piece = start + len(piece) - len(rest), rest
-        out.append((start, piece))
+    out, place = [], 0
+    for sentence in _hibari().split_sentences(text):
+        start = text.find(sentence, place)
+        place = start + len(sentence)
+        while len(sentence) > 200:
+            cut = sentence.rfind(", ", 40, 200) + 1 or max(sentence.rfind(" ", 1, 200), 0) or 200
+            out.append((start, sentence[:cut]))
+            rest = sentence[cut:].lstrip()
+            start, sentence = place - len(rest), rest
+        out.append((start, sentence))
     return out
 
 

@@ -96,7 +96,6 @@ def spoken(text: str) -> str:
     text = _expand_numbers(text)
     for symbol, word in _SYMBOLS.items():
         text = text.replace(symbol, word)
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() if not text.isascii() and "—" not in text else text
     text = unicodedata.normalize("NFKD", text.replace("—", ", ")).encode("ascii", "ignore").decode()
     text = re.sub(r"\.{2,}(?=\s+[a-z])", ",", text)                        # a hesitation inside a sentence
     text = re.sub(r"\s+-+\s+|--+|[;:]", ", ", text)
@@ -109,8 +108,7 @@ def spoken(text: str) -> str:
 def _punctuate(text: str) -> str:
     """One mark at a time, each right after a word; a sentence is never opened by a mark."""
     text = re.sub(r"\s+([.,?!])", r"\1", text)
-    text = re.sub(r"([.,?!])[.,?!]*([?!])[.,?!]*", r"\2", text)
-    text = re.sub(r"([.?!])[.,]+|,+([.,])", lambda m: m[1] or m[2], text)
+    text = re.sub(r"[.,?!]{2,}", lambda m: next(mark for mark in "?!.," if mark in m[0]), text)
     text = re.sub(r"([.,?!])(?=[A-Za-z])", r"\1 ", text)
     text = re.sub(r"\s+", " ", text).strip().lstrip(".,?!- ").strip()
     if not re.search("[A-Za-z]", text):
