@@ -11,7 +11,7 @@ Sesame's CSM exactly (CSM_SPEC 3.3-3.6) with its parameter names; RoPE is half-s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -702,7 +702,8 @@ class CSM(nn.Module):
         padded with 0) for the letters-to-phones term. generator: picks the frames of the depth decoder.
         """
         slots = self.remember(history) if history is not None and self.memory_writer is not None else None
-        h, plan = self._encode(batch, memory=slots)
+        reading = self._noisy_reading(batch.reading, generator)
+        h, plan = self._encode(replace(batch, reading=reading), memory=slots)
         h = h.flatten(0, 1)
         valid = batch.turn >= 0
         voice = valid & batch.mask[..., 0]
@@ -711,7 +712,7 @@ class CSM(nn.Module):
         if self.text_head is not None:
             self._text_loss(h, batch, valid & ~voice, out)
         if self.advance_head is not None:
-            self._advance_loss(h, batch, voice, out, metrics)
+            self._advance_loss(h, batch, reading, voice, out, metrics)
         if self.reader is not None and self.reader.phone_head is not None:
             self._phone_loss(batch, plan.runs, lexicon, h, out)
         return out | {"metrics": metrics}
@@ -749,13 +750,22 @@ class CSM(nn.Module):
         logits = self.text_logits(h.index_select(0, source))
         out["text"] = F.cross_entropy(logits, token.flatten()[target], reduction="sum"), len(source)
 
-    def _advance_loss(self, h, batch, voice, out, metrics) -> None:
+    def _noisy_reading(self, reading: Tensor, generator) -> Tensor:
+        """reading (B, S) with some known positions 1 or 2 off while training, as they may be in generation."""
+        if not self.training or not self.cfg.cross.enabled or self.cfg.cross.reading_noise <= 0:
+            return reading
+        device = generator.device if generator else None
+        off = torch.randint(1, 3, reading.shape, generator=generator, device=device) * (2 * torch.randint(0, 2, reading.shape, generator=generator, device=device) - 1)
+        hit = torch.rand(reading.shape, generator=generator, device=device) < self.cfg.cross.reading_noise
+        off = (off * hit).to(reading.device)
+        return torch.where(reading >= 0, (reading + off).clamp(min=0), reading)
+
+    def _advance_loss(self, h, batch, given, voice, out, metrics) -> None:
         known = voice & (batch.reading >= 0)
         source, target = self._before(batch, known)
         inside = known.flatten()[source]                                       # the position before must be a frame too
         source, target = source[inside], target[inside]
-        reading = batch.reading.flatten()
-        wanted = (reading[target] - reading[source]).clamp(0, self.cfg.cross.max_advance)
+        wanted = (batch.reading.flatten()[target] - given.flatten()[source]).clamp(0, self.cfg.cross.max_advance)
         logits = self.advance_logits(h.index_select(0, source))
         out["advance"] = F.cross_entropy(logits, wanted, reduction="sum"), len(source)
         metrics["advance_accuracy"] = (logits.detach().argmax(-1) == wanted).sum(), len(source)

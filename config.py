@@ -108,6 +108,7 @@ class CrossAttentionConfig:
     guided: bool = True               # a reading position (bytes already spoken) biases voice -> text attention
     max_distance: int = 24            # learned bias for text positions within +-max_distance of the reading position
     max_advance: int = 12             # text tokens one audio frame may consume
+    reading_noise: float = 0.15       # share of training frames whose reading position is 1 or 2 off: the advance head learns to correct itself
     text_window: int = 256            # positions a text position sees in self-attention
     pool_frames: int = 5              # voice frames per prosody block (0.4 s)
     phone_head: bool = True           # auxiliary CTC on the text reader (letters to phones)
@@ -172,10 +173,11 @@ OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enab
 
 MODEL_PRESETS = {
     # laptop CPU; the shipped weights. The first 16 codebooks: 10 semantic and 6 acoustic.
-    "nano": lambda: ModelConfig("nano", TransformerConfig(8, 320, 896, 5, 5), _depth(3, 192, 768, 3, 3), num_codebooks=16, depth_fraction=0.25),
+    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2,
+                                cross=CrossAttentionConfig(every=2), memory=MemoryConfig(window_turns=4)),
     # seconds on a CPU, for tests
     "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
-                                audio_vocab=65, depth_fraction=1.0, cross=CrossAttentionConfig(heads=2, width=32, reader_layers=2),
+                                audio_vocab=65, depth_fraction=1.0, cross=CrossAttentionConfig(heads=2, width=32, reader_layers=2, reading_noise=0.0),
                                 memory=MemoryConfig(heads=2, width=16, max_slots=8, window_turns=2)),
     "tiny": lambda: ModelConfig("tiny", TransformerConfig(18, 1024, 4096, 16, 4), _depth(4, 512, 2048, 8, 2)),
     "blog": lambda: ModelConfig("blog", TransformerConfig(20, 1024, 5120, 16, 4), _depth(4, 768, 3072, 8, 2), num_codebooks=16, num_semantic=8),
