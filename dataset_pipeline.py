@@ -286,6 +286,10 @@ class Window:
     def positions(self) -> int:
         return sum(t.positions() for t in self.turns)
 
+    def cost(self) -> int:
+        """Positions that go through the backbone, the history's included."""
+        return self.positions() + sum(t.positions() for t in self.history)
+
 
 def _text_rows(ids: list[int], columns: int) -> tuple[Tensor, Tensor]:
     frames = torch.zeros(len(ids), columns, dtype=torch.long)
@@ -434,14 +438,14 @@ class ConversationDataset:
         if self.shuffle_speakers:
             window.speakers = dict(enumerate(torch.randperm(NUM_SPEAKERS, generator=g).tolist()))
         if start and chance[-1] < self.p_history and stage.max_context:
-            window.history = self._history(turns[:start], g)
+            window.history = self._history(turns[:start], self.limit - size, g)
         return window
 
-    def _history(self, earlier: list[Turn], g: torch.Generator) -> list[Turn]:
-        """1..4 turns right before the window, as far as they fit in one row."""
+    def _history(self, earlier: list[Turn], room: int, g: torch.Generator) -> list[Turn]:
+        """1..4 turns right before the window, as far as they fit into `room` positions."""
         kept: list[Turn] = []
         for turn in reversed(earlier[-(1 + _randint(g, 4)):]):
-            if sum(t.positions() for t in kept) + turn.positions() > self.limit:
+            if sum(t.positions() for t in kept) + turn.positions() > room:
                 break
             kept.insert(0, turn)
         return kept
@@ -457,7 +461,8 @@ class ConversationDataset:
                 epoch = n // len(targets)
                 order = torch.randperm(len(targets), generator=_generator(self.seed, 0, epoch)).tolist()
             windows.append(self._window(targets[order[n % len(targets)]], stage, _generator(self.seed, 1, n)))
-        batches = pack(windows, self.batch_positions)
+        batches = pack([w for w in windows if w.history], self.batch_positions)       # a history in one row costs all rows
+        batches += pack([w for w in windows if not w.history], self.batch_positions)
         batches = [batches[i] for i in torch.randperm(len(batches), generator=_generator(self.seed, 2, number)).tolist()]
         missing = -len(batches) % self.ranks.world_size              # every rank gets as many
         return batches + [batches[i % len(batches)] for i in range(missing)]
@@ -508,10 +513,10 @@ class ConversationDataset:
 
 
 def pack(windows: list[Window], batch_positions: int) -> list[list[Window]]:
-    """Group windows sorted by length so that rows x longest row <= batch_positions."""
+    """Group windows sorted by length so that rows x longest row (history included) <= batch_positions."""
     batches: list[list[Window]] = []
-    for window in sorted(windows, key=lambda w: w.positions(), reverse=True):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].positions() > batch_positions:
+    for window in sorted(windows, key=lambda w: w.cost(), reverse=True):
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].cost() > batch_positions:
             batches.append([])
         batches[-1].append(window)
     return batches

@@ -249,6 +249,14 @@ def test_shares_of_listening_mood_and_history(corpus):
     assert not any(x for batch in none for w in batch for x in w.listening) and not any(w.history for batch in none for w in batch)
 
 
+def test_histories_share_batches_and_are_paid_for(corpus):
+    data = dataset(corpus, p_history=0.5)
+    for batch in data._make_pool(0, dp.Stage(1)):
+        assert len({bool(w.history) for w in batch}) == 1
+        assert len(batch) * max(w.cost() for w in batch) <= 400
+        assert all(w.cost() > w.positions() for w in batch if w.history)
+
+
 def test_too_long_turns_are_skipped_and_counted(corpus):
     data = dp.ConversationDataset(corpus, CFG, batch_positions=30)
     assert data.skipped > 0 and all(data.conversations[c][t].positions() <= 30 for c, t in data.targets)
