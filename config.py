@@ -257,6 +257,7 @@ class TrainConfig:
     eval_every: int = 250
     eval_batches: int = 8
     save_every: int = 100
+    save_minutes: float = 3.0         # also save when the last time was this long ago; 0: by steps alone
     sample_every: int = -1            # audio sample; -1: only at the end
     log_every: int = 10
     minutes: float = 0.0              # the run lasts this long (schedule included), whatever max_steps says; 0: max_steps counts

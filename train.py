@@ -56,6 +56,9 @@ def read_settings(argv) -> tuple[TrainConfig, dict | None]:
         action.default = SUPPRESS
     given = vars(parser.parse_args(argv))
     saved = load_training(cfg.resume)
+    size = saved["train_config"]["model_size"]
+    if given.get("model_size", size) != size:
+        raise ValueError(f"{cfg.resume} is a run of --model_size {size}: leave out --model_size, or start anew without --resume")
     return from_dict(TrainConfig, saved["train_config"] | given), saved
 
 
@@ -229,7 +232,8 @@ class Trainer:
         self.loader_state = self.data.state_dict()
         if saved is not None:
             self._restore(saved)
-        self.first_step, self.interrupted, self.saved_step = self.step, False, -1
+        self.first_step, self.interrupted = self.step, False
+        self.saved_step, self.saved_minutes = -1, self.minutes
         if cfg.compile:
             self.model.backbone.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)
@@ -258,6 +262,10 @@ class Trainer:
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step > self.first_step
+
+    def due_to_save(self) -> bool:
+        long_ago = 0 < self.cfg.save_minutes <= self.minutes - self.saved_minutes
+        return self.saved_step != self.step and (self.due(self.cfg.save_every) or long_ago)
 
     # ---- one step
 
@@ -353,7 +361,7 @@ class Trainer:
     def save(self) -> Path:
         """Write last.pt, with everything an exact resume needs."""
         average = self.average.state()
-        self.saved_step = self.step
+        self.saved_step, self.saved_minutes = self.step, self.minutes
         return save_training(
             Path(self.cfg.output) / "last.pt", kind="csm", config=to_dict(self.model.cfg), model=self.model.state_dict(),
             ema=average["weights"], ema_count=average["count"], optimizer=[o.state_dict() for o in self.optimisers],
@@ -405,7 +413,7 @@ class Trainer:
                     self._evaluate(keep=self.step > self.first_step)
                 if (last or self.due(cfg.sample_every)) and main and not self.interrupted:
                     self.speak_samples()
-                if (stop or self.due(cfg.save_every)) and main and self.saved_step != self.step:
+                if main and (self.due_to_save() or (stop and self.saved_step != self.step)):
                     self.save()
                 if stop:
                     break

@@ -205,8 +205,11 @@ def test_curriculum_only_from_scratch(data, tmp_path):
 
 def test_minutes_rule_the_schedule_and_are_kept(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda ticks=iter(range(10 ** 6)): next(ticks) * 5.0)      # a clock of 5 s per look
-    trainer = run(settings(data, tmp_path, minutes=1.0, max_steps=1))
-    assert trainer.minutes >= 1.0 and trainer.step > 1
+    saves = []
+    save = train.Trainer.save
+    monkeypatch.setattr(train.Trainer, "save", lambda self: saves.append(self.step) or save(self))
+    trainer = run(settings(data, tmp_path, minutes=1.0, max_steps=1, save_every=-1, save_minutes=0.25))
+    assert trainer.minutes >= 1.0 and trainer.step > 1 and len(saves) > 1        # by the clock, and at the end
     assert checkpoint.load_training(tmp_path / "last.pt")["minutes"] == trainer.minutes
 
 
@@ -273,6 +276,8 @@ def test_main_end_to_end_and_a_finished_run(data, tmp_path, capsys):
     assert "starting from scratch" in capsys.readouterr().out
     assert train.main(["--resume", str(tmp_path / "best_model.pt")]) == 0
     assert "raise --max_steps" in capsys.readouterr().out
+    assert train.main(["--resume", str(tmp_path / "best_model.pt"), "--model_size", "nano"]) == 2
+    assert "leave out --model_size" in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path / "best_model.pt"), "--max_steps", "3"]) == 0
     assert len(losses(tmp_path)) == 3
     assert train.main(flags(cfg)) == 0                                          # a new run sets the old one aside
