@@ -2,6 +2,7 @@
 
     python train_codec.py --data data/synthetic --minutes 40
     python train_codec.py --resume checkpoints/codec/last.pt
+    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --output checkpoints/decoder
     python train_codec.py --export pretrained/codec --resume checkpoints/codec/last.pt
 
 The data folder is one that collect_data.py wrote (audio per turn, phone times). Pitch is measured with WORLD.
@@ -292,7 +293,8 @@ def load_state(path, codec, reader, optimizer, rng, generator) -> tuple[int, flo
         raise ValueError(f"{path} is not a codec checkpoint of format 1: check --resume")
     codec.load_state_dict(state["codec"])
     reader.load_state_dict(state["reader"])
-    optimizer.load_state_dict(state["optimizer"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
     for name, value in state["ema"].items():
         module, buffer = name.split(".")
         getattr(getattr(codec, module), buffer).copy_(value)
@@ -300,6 +302,16 @@ def load_state(path, codec, reader, optimizer, rng, generator) -> tuple[int, flo
     generator.set_state(state["generator"])
     torch.set_rng_state(state["torch"])
     return state["step"], state["minutes"], state["started"]
+
+
+def trained_parameters(codec, reader, decoder_only: bool) -> list:
+    """All parameters, or only the decoder's: then the encoder is frozen."""
+    if not decoder_only:
+        return [*codec.parameters(), *reader.parameters()]
+    from checkpoint import CODEC_DECODER
+    for name, parameter in [*codec.named_parameters(), *(("reader", p) for p in reader.parameters())]:
+        parameter.requires_grad_(name.startswith(CODEC_DECODER))
+    return [p for p in codec.parameters() if p.requires_grad]
 
 
 def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> int:
@@ -314,10 +326,14 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> 
     output.mkdir(parents=True, exist_ok=True)
     data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours)
     codec, (reader, spectral) = Codec(codec_cfg), make_trainer_modules(codec_cfg)
-    parameters = [*codec.parameters(), *reader.parameters()]
+    parameters = trained_parameters(codec, reader, cfg.decoder_only)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
     rng, generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
-    step, elapsed, started = load_state(cfg.resume, codec, reader, optimizer, rng, generator) if cfg.resume else (0, 0.0, False)
+    step, elapsed, started = 0, 0.0, False
+    if cfg.resume or cfg.init_from:
+        step, elapsed, started = load_state(cfg.resume or cfg.init_from, codec, reader, optimizer if cfg.resume else None, rng, generator)
+    if not cfg.resume:
+        step, elapsed = 0, 0.0
     print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters, {data.hours:.2f} h of speech, from step {step}")
     begin, log = time.time(), (output / "metrics.jsonl").open("a")
     bar = tqdm(total=cfg.max_steps, initial=step, unit="step", mininterval=10)
@@ -361,7 +377,7 @@ def train_step(codec, reader, spectral, data, optimizer, parameters, rng, genera
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     optimizer.step()
-    if started:
+    if started and not cfg.decoder_only:
         for quantizer, z, codes, _ in sides:
             quantizer.update(z.detach(), codes, cfg.ema)
     return losses, sides, metrics, norm

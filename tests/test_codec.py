@@ -171,6 +171,21 @@ def test_training_learns_and_resumes_exactly(data, monkeypatch):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_decoder_only_leaves_the_codes(data):
+    cfg = CodecTrainConfig(data=str(data), output=str(data / "a"), max_steps=12, batch=2, seconds=0.48, warmup_steps=1)
+    train_codec.train(cfg, TINY, 0.0)
+    more = dataclasses.replace(cfg, output=str(data / "b"), init_from=str(data / "a" / "last.pt"), decoder_only=True)
+    train_codec.train(more, TINY, 0.0)
+    codecs = []
+    for run in "ab":
+        codecs.append(Codec(TINY).eval())
+        codecs[-1].load_state_dict(torch.load(data / run / "last.pt", weights_only=True)["codec"])
+    audio = noise(9600)
+    codes = codecs[0].encode(audio)
+    assert codecs[1].encode(audio).equal(codes)
+    assert not torch.equal(codecs[0].decode(codes), codecs[1].decode(codes))
+
+
 def test_missing_data_names_the_command(capsys):
     with pytest.raises(SystemExit) as stop:
         train_codec.main(["--data", "nowhere"])
