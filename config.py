@@ -278,6 +278,8 @@ class CodecTrainConfig:
     data: str = "data/synthetic"
     output: str = "checkpoints/codec"
     resume: str = ""
+    init_from: str = ""               # a training checkpoint whose weights are the start; its optimiser is not
+    decoder_only: bool = False        # codes stay as they are: tokens and models made with them stay valid
     max_steps: int = 20000
     minutes: float = 0.0
     batch: int = 8
