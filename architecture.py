@@ -734,7 +734,10 @@ class CSM(nn.Module):
         logits = self.c0_logits(h)
         out["c0"] = F.cross_entropy(logits, codes[:, 0], reduction="sum"), n
         metrics["c0_accuracy"] = (logits.detach().argmax(-1) == codes[:, 0]).sum(), n
-        m = max(min(n, 1), int(n * self.cfg.depth_fraction))
+        if n == 0:                                                             # a batch without a voice trains the rest
+            out["depth"] = logits.sum(), 0
+            return
+        m = max(1, int(n * self.cfg.depth_fraction))
         pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device)
         codes = codes[pick]
         logits = torch.bmm(self._depth_hidden(h.index_select(0, pick), codes), self.audio_head)  # (K - 1, m, V)
