@@ -425,14 +425,9 @@ def test_weights_of_the_meta_device_can_be_filled():
 
 
 def test_a_batch_without_voice_has_a_loss():
-    model = CSM(model_preset("test"))
-    model.init_weights(torch.Generator().manual_seed(0), open_gates=True)
-    frames = torch.zeros(2, 6, model.cfg.num_codebooks + 1, dtype=torch.long)
-    frames[..., -1] = torch.arange(97, 103)
-    mask = torch.zeros_like(frames, dtype=torch.bool)
-    mask[..., -1] = True
-    column = torch.arange(6).expand(2, 6)
-    terms = model.loss(FrameBatch(frames, mask, torch.zeros(2, 6, dtype=torch.long), column, torch.full((2, 6), -1)))
+    model = build()
+    batch = batch_of(model.cfg, [[(0, 97 + i, None, i, -1) for i in range(6)]] * 2)
+    terms = model.loss(batch)
     assert terms["c0"][1] == terms["depth"][1] == 0 and terms["text"][1] == 10
     sum(terms[name][0] for name in ("c0", "depth", "text")).backward()
     assert model.text_head.weight.grad.abs().sum() > 0
