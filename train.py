@@ -18,10 +18,12 @@ import time
 from argparse import SUPPRESS
 from pathlib import Path
 
-from config import ModelConfig, Parser, TrainConfig, add_flags, from_dict, from_flags, model_preset, to_dict
-from runtime import Ranks, human_time, plain_errors
+from config import ModelConfig, Parser, TrainConfig, add_flags, count_parameters, from_dict, from_flags, model_preset, to_dict
+from runtime import Ranks, plain_errors
 
+LARGE, CPU_POSITIONS = 100e6, 1024          # a CPU trains models of more parameters than this on smaller batches, unless told otherwise
 EARLY_SHARE, EARLY_SECONDS = 0.3, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
+FRAME_SHARE, OVERHEAD = 0.6, 2.5            # voice positions among all; a step's time over that of its matrix products (both only for a guess)
 SAMPLES = ("Hello, how are you today?", "I am so sorry to hear that.", "The bus leaves at seven, so please do not be late.")
 
 
@@ -50,11 +52,13 @@ def read_settings(argv) -> tuple[TrainConfig, dict | None]:
     """Flags -> (settings, contents of the file to resume from or None). A resumed run keeps its settings except for flags given now."""
     parser = build_parser()
     cfg = from_flags(TrainConfig, parser.parse_args(argv))
-    if not cfg.resume:
-        return cfg, None
     for action in parser._actions:
         action.default = SUPPRESS
     given = vars(parser.parse_args(argv))
+    if not cfg.resume:
+        if "batch_positions" not in given and runtime.pick_device(cfg.device).type == "cpu" and count_parameters(model_preset(cfg.model_size))["total"] > LARGE:
+            cfg.batch_positions = CPU_POSITIONS
+        return cfg, None
     saved = load_training(cfg.resume)
     size = saved["train_config"]["model_size"]
     if given.get("model_size", size) != size:
@@ -517,9 +521,29 @@ def announce(trainer: Trainer) -> None:
     held = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 + (cfg.ema > 0)) / 1e6
     print(f"{model.cfg.name}: {million:.1f} M parameters, {trainer.origin}; {trainer.device}, {cfg.precision}; "
           f"{len(trainer.data.targets)} training turns ({trainer.data.skipped} too long); about {held:.0f} MB for weights, gradients and optimiser", flush=True)
+    if trainer.device.type == "cpu" and not cfg.minutes:
+        left = cfg.max_steps - trainer.step
+        print(f"roughly {runtime.human_time(left * rough_step_seconds(trainer))} for {left} steps of {cfg.batch_positions} positions; "
+              "a better guess follows after two of them", flush=True)
     free = runtime.free_disk_mb(cfg.output)
     if free < held:
         raise ValueError(f"the checkpoints need about {held:.0f} MB and the disk of {cfg.output} has {free:.0f} MB free: free some space or change --output")
+
+
+def rough_step_seconds(trainer: Trainer) -> float:
+    """Seconds one step should take, from its arithmetic and the speed of a matrix product measured now."""
+    cfg, model_cfg = trainer.cfg, trainer.model.cfg
+    parts = count_parameters(model_cfg)
+    passes = FRAME_SHARE * model_cfg.depth_fraction * model_cfg.num_codebooks                # depth positions per backbone position
+    work = 6 * OVERHEAD * cfg.batch_positions * cfg.accumulate * (parts["backbone"] + parts["c0_head"] + passes * (parts["depth"] + parts["projection"]))
+    if cfg.muon_lr > 0:                                                                      # five Newton-Schulz rounds of three products
+        work += sum(5 * (4 * min(p.shape) * p.numel() + 2 * min(p.shape) ** 3) for p in split_parameters(trainer.model)[0])
+    square = torch.ones(1024, 1024, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    square @ square
+    start = time.monotonic()
+    for _ in range(3):
+        square @ square
+    return work * (time.monotonic() - start) / (3 * 2 * 1024 ** 3)
 
 
 @plain_errors

@@ -284,6 +284,18 @@ def test_main_end_to_end_and_a_finished_run(data, tmp_path, capsys):
     assert checkpoint.load_training(tmp_path / "previous/last.pt")["step"] == 3
 
 
+def test_a_run_says_beforehand_how_long_it_takes(data, tmp_path, capsys):
+    assert train.main(flags(settings(data, tmp_path, max_steps=3))) == 0
+    said = capsys.readouterr().out
+    assert "roughly" in said and "for 3 steps" in said and "for the remaining 1 steps" in said
+
+
+def test_large_models_take_smaller_batches_on_a_cpu():
+    assert train.read_settings(["--model_size", "tiny", "--device", "cpu"])[0].batch_positions == train.CPU_POSITIONS
+    assert train.read_settings(["--model_size", "tiny", "--device", "cpu", "--batch_positions", "4096"])[0].batch_positions == 4096
+    assert train.read_settings(["--model_size", "nano", "--device", "cpu"])[0].batch_positions == TrainConfig().batch_positions
+
+
 def test_full_disk_is_said_before_the_work(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.runtime, "free_disk_mb", lambda folder: 0.5)
     assert train.main(flags(settings(data, tmp_path / "out"))) == 2
