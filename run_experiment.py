@@ -261,9 +261,9 @@ def run_step(step: Step, root: Path, python: Path, key: str, fresh: bool) -> dic
 
 # ----------------------------------------------------------------------------- how long it will take
 
-# Seconds of a training step over seconds of its matrix products alone, for nano on two cores and tiny on two
-# cores: see LOG.md, 2026-11-22.
-OVERHEAD = 2.5
+# A training step of nano takes this many times as long as its matrix products alone (one thread; LOG.md, 2026-11-22).
+# Larger models spend a larger share in matrix products, so for them the estimate is a high one.
+OVERHEAD = 2.06
 
 SPEED_PROBE = r"""
 import json, time, torch
@@ -280,11 +280,20 @@ print(json.dumps(2 * n ** 3 * times / (time.time() - start)))
 
 
 def training_flops(model_size: str, steps: int) -> float:
-    """Forward and backward of the matrices: 6 per weight and position; the depth decoder sees a share of the frames."""
+    """Matrix products of a run: forward and backward (6 per weight and position; the depth decoder sees a share of
+    the frames) and Muon's five Newton-Schulz iterations on every matrix."""
     cfg, train = model_preset(model_size), TrainConfig()
     counts = count_parameters(cfg)
-    weights = counts["backbone"] + counts["c0_head"] + (counts["depth"] + counts["audio_head"] / cfg.num_codebooks) * cfg.num_codebooks * cfg.depth_fraction
-    return 6.0 * weights * train.batch_positions * train.accumulate * steps
+    depth = counts["depth"] + counts["audio_head"] / cfg.num_codebooks
+    passes = 6.0 * (counts["backbone"] + counts["c0_head"] + depth * cfg.num_codebooks * cfg.depth_fraction) * train.batch_positions * train.accumulate
+    muon = sum(t.layers * (2 * newton_schulz_flops(t.width, t.width) + 2 * newton_schulz_flops(t.kv_heads * t.head_dim, t.width)
+                           + 3 * newton_schulz_flops(t.width, t.ffn)) for t in (cfg.backbone, cfg.depth)) if train.muon_lr > 0 else 0.0
+    return (passes + muon) * steps
+
+
+def newton_schulz_flops(rows: int, columns: int) -> float:
+    m, n = sorted((rows, columns))
+    return 5.0 * (4 * m * m * n + 2 * m ** 3)
 
 
 def training_seconds(root: Path, python: Path, settings: Settings) -> tuple[float, str] | None:

@@ -55,9 +55,9 @@ COMMANDS = {
     "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano": ("--output checkpoints/small", ""),
     "python benchmark.py judges": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py data": ("--turns 2 --results outputs/R.md", ""),
-    "python benchmark.py codec": ("--turns 1 --results outputs/R.md", ""),
-    "python benchmark.py voice": ("--turns 1 --results outputs/R.md", ""),
-    "python benchmark.py speed": ("--turns 1 --results outputs/R.md", ""),
+    "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py voice": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
