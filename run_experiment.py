@@ -262,7 +262,7 @@ def run_step(step: Step, root: Path, python: Path, key: str, fresh: bool) -> dic
 # ----------------------------------------------------------------------------- how long it will take
 
 # A training step of nano takes this many times as long as its matrix products alone (one thread; LOG.md, 2026-11-22).
-# Larger models spend a larger share in matrix products, so for them the estimate is a high one.
+# Larger models spend a larger share in matrix products, so for them the estimate should be high, not low.
 OVERHEAD = 2.06
 
 SPEED_PROBE = r"""

@@ -45,6 +45,7 @@ COMMANDS = {
     "python demo.py --mode test": ("--max_seconds 0.5 --output outputs/test", ""),
     "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
     "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
+    "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
     "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
     "python config.py": ("", ""),
     "python train.py --max_steps 1000": (f"--max_steps 2 {TINY_TRAIN} checkpoints/again", ""),
@@ -106,8 +107,12 @@ def house(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "first_run.txt").write_text(done.stdout)
     import audio_io
-    turn = next((folder / "data/synthetic").rglob("*.flac"))
-    audio_io.write_audio(folder / "my_voice.wav", audio_io.read_audio(turn))
+    voice = audio_io.read_audio(next((folder / "data/synthetic").rglob("*.flac")))
+    audio_io.write_audio(folder / "my_voice.wav", voice)
+    (folder / "my_recordings").mkdir()
+    for name in ("one_ann", "two_ann", "three_bob"):
+        audio_io.write_audio(folder / "my_recordings" / f"{name}.wav", voice)
+        (folder / "my_recordings" / f"{name}.txt").write_text("What was said there.\n")
     return folder
 
 
