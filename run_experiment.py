@@ -138,7 +138,7 @@ def is_done(step: Step, root: Path, key: str) -> bool:
 class MemoryMeter:
     """Samples the memory of a process and all its descendants. Peak in MB; None where the system does not say."""
 
-    def __init__(self, pid: int, every: float = 0.5):
+    def __init__(self, pid: int, every: float = 1.0):
         self.pid, self.peak, self.stop = pid, None, threading.Event()
         self.thread = threading.Thread(target=self._sample, args=(every,), daemon=True)
 

@@ -121,7 +121,7 @@ def test_files_made_by_others_are_kept(root, capsys):
 
 
 def test_stamps_record_time_memory_and_outputs(root):
-    (root / "first.py").write_text("import time\nx = bytearray(200_000_000)\ntime.sleep(1.2)\nopen('first.out', 'w').write('x')\n")
+    (root / "first.py").write_text("import time\nx = bytearray(200_000_000)\ntime.sleep(2.5)\nopen('first.out', 'w').write('x')\n")
     run(root)
     stamp = json.loads((root / "outputs/steps/first.json").read_text())
     assert stamp["seconds"] > 1 and stamp["outputs"].keys() == {"first.out"} and stamp["command"] == ["first.py"]
