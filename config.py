@@ -215,9 +215,9 @@ def count_parameters(cfg: ModelConfig) -> dict[str, int]:
 @dataclass
 class SamplingConfig:
     """How codes are drawn. temperature 0 is greedy."""
-    temperature: float = 0.7          # first codebook
-    top_k: int = 50
-    depth_temperature: float = 0.6    # codebooks 2..K
+    temperature: float = 0.5          # first codebook
+    top_k: int = 30
+    depth_temperature: float = 0.7    # codebooks 2..K
     depth_top_k: int = 30
     text_temperature: float = 0.7
     max_seconds: float = 30.0         # a turn is ended here at the latest
