@@ -69,7 +69,7 @@ def build_steps(settings: Settings) -> list[Step]:
     train = ["--max_steps", str(settings.max_steps), "--model_size", settings.model_size] + ["--from_scratch"] * settings.from_scratch
     return [
         Step("collect", f"collecting {settings.target_hours:g} h of conversations with transcripts", "collect_data.py",
-             ["--target_hours", f"{settings.target_hours:g}"], ["assets"], ["data/synthetic/collection.json"], fresh="--fresh"),
+             ["--target_hours", f"{settings.target_hours:g}"], ["assets"], ["data/synthetic/index.jsonl"], fresh="--fresh"),
         Step("tokenise", "turning the speech into codec tokens", "dataset_pipeline.py",
              ["--data", "data/synthetic", "--codec", "pretrained/codec"], ["pretrained/codec"], ["data/synthetic/tokens/index.json"], fresh="--fresh"),
         Step("train", f"training the {settings.model_size} model for {settings.max_steps} steps"
