@@ -56,14 +56,14 @@ def test_chunks_are_the_decoded_codes(model, codec):
     assert all(chunk.shape == (TINY_CODEC.frame_size,) and chunk.dtype == np.float32 for chunk in chunks)
     assert turn.num_frames == len(chunks) > 1
     offline = codec.decode(turn.codes.unsqueeze(0))[0, 0].numpy()
-    np.testing.assert_allclose(np.concatenate(chunks), offline, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(chunks), offline, atol=1e-4)
     np.testing.assert_array_equal(turn.audio, np.concatenate(chunks))
 
 
 def test_fewer_codebooks_change_the_sound_and_not_the_codes(model, codec):
     full, few = session(model, codec).say(0, "hello there"), Session(model, codec, TOKENIZER, SHORT, num_codebooks=2).say(0, "hello there")
     assert torch.equal(full.codes, few.codes)
-    np.testing.assert_allclose(few.audio, codec.decode(few.codes[None, :2])[0, 0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(few.audio, codec.decode(few.codes[None, :2])[0, 0].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["model", "unguided"])
@@ -75,7 +75,7 @@ def test_fast_equals_slow_over_two_turns(kind, codec, request):
         codes, audio = generate_slow(model, codec, TOKENIZER, context, Turn(number, turn.text, "happy"), number, GREEDY)
         assert turn.end_reason in ("read", "eos", "max_seconds") and turn.num_frames > 1
         assert torch.equal(turn.codes, codes)
-        np.testing.assert_allclose(turn.audio, audio.numpy(), atol=1e-5)
+        np.testing.assert_allclose(turn.audio, audio.numpy(), atol=1e-4)
         context = generation.join([p for p in (context, turn_rows(turn, model.cfg, TOKENIZER, number)) if p is not None])
 
 
