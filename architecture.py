@@ -742,7 +742,7 @@ class CSM(nn.Module):
         codes = codes[pick]
         logits = torch.bmm(self._depth_hidden(h.index_select(0, pick), codes), self.audio_head)  # (K - 1, m, V)
         each = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].T.flatten(), reduction="none").view(K - 1, m).sum(1)
-        out["depth"] = each.sum(), m * (K - 1)
+        out["depth"] = (each * each.new_tensor(self.cfg.depth_weights)).sum(), m * (K - 1)
         for k, value in enumerate(each.detach(), start=1):
             metrics[f"depth_{k}"] = value, m
 

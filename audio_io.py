@@ -34,7 +34,7 @@ def read_audio(path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"no audio file {path}: check the path")
     try:
-        audio, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        audio, rate = _read_g722(path) if path.suffix == ".g722" else soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a readable audio file ({reason}): give a WAV, FLAC, Ogg or MP3 file") from None
@@ -42,6 +42,17 @@ def read_audio(path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
         raise ValueError(f"{path} holds no sound: give a longer recording")
     mono = np.nan_to_num(audio.mean(axis=1))                               # (n, channels) -> (n,)
     return resample(mono, rate, sample_rate)
+
+
+def _read_g722(path: Path) -> tuple[np.ndarray, int]:
+    """The telephone format of the Asterisk prompts, 16 kHz -> (n, 1) float32 and its rate."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{path} needs the package av: pip install av, or convert the file to WAV") from None
+    with av.open(str(path), format="g722") as container:
+        frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    return np.concatenate(frames or [np.zeros(0, np.int16)]).astype(np.float32)[:, None] / 32768, 16000
 
 
 def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:

@@ -154,6 +154,7 @@ class ModelConfig:
     frame_rate: float = 12.5          # Hz
     text_head: bool = True
     depth_fraction: float = 0.0625    # share of audio frames that train the depth decoder (1/16)
+    depth_decay: float = 0.0          # weight of the n-th semantic or acoustic codebook in the depth loss: n ** -depth_decay; 0: all alike
     dropout: float = 0.0
     cross: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -162,7 +163,15 @@ class ModelConfig:
     def __post_init__(self):
         _require(0 < self.depth_fraction <= 1, f"depth_fraction {self.depth_fraction} must be in (0, 1]: change --depth_fraction")
         _require(self.num_codebooks >= 2, f"num_codebooks {self.num_codebooks} must be at least 2: change --num_codebooks")
+        _require(self.depth_decay >= 0, f"depth_decay {self.depth_decay} must be at least 0: change --depth_decay")
         _require(self.depth.max_positions >= self.num_codebooks, f"depth.max_positions {self.depth.max_positions} < num_codebooks {self.num_codebooks}: raise --depth.max_positions")
+
+    @property
+    def depth_weights(self) -> list[float]:
+        """Weights of codebooks 2..K in the depth loss, mean 1: coarse codes decide more of what is heard than fine ones."""
+        # the very first codebook has a loss of its own, so the second is the first here
+        raw = [(k if k < self.num_semantic else k - self.num_semantic + 1) ** -self.depth_decay for k in range(1, self.num_codebooks)]
+        return [w * len(raw) / sum(raw) for w in raw]
 
 
 def _depth(layers, width, ffn, heads, kv_heads) -> TransformerConfig:
@@ -173,7 +182,7 @@ OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enab
 
 MODEL_PRESETS = {
     # laptop CPU; the shipped weights. The first 16 codebooks: 10 semantic and 6 acoustic.
-    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2,
+    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2, depth_decay=1.0,
                                 cross=CrossAttentionConfig(every=2), memory=MemoryConfig(window_turns=4)),
     # seconds on a CPU, for tests
     "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
@@ -276,6 +285,7 @@ class TrainConfig:
 class CodecTrainConfig:
     """One training run of the codec (train_codec.py)."""
     data: str = "data/synthetic"
+    recordings: str = ""              # a folder of people's recordings besides (WAV, FLAC, .g722 ...); no transcripts needed
     output: str = "checkpoints/codec"
     resume: str = ""
     init_from: str = ""               # a training checkpoint whose weights are the start; its optimiser is not
@@ -289,8 +299,9 @@ class CodecTrainConfig:
     min_lr_ratio: float = 0.05
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    dropout_probability: float = 0.35 # quantiser dropout: share of crops decoded from fewer codebooks
-    noise_probability: float = 0.2    # share of crops whose later codes are exchanged, as a model would mis-sample them
+    dropout_probability: float = 0.6  # quantiser dropout: share of crops decoded from fewer codebooks
+    noise_probability: float = 0.5    # share of crops whose later codes are exchanged, as a model would mis-sample them
+    augment: float = 0.25             # share of crops with a narrower band, and again with noise
     ema: float = 0.995                # codebook decay
     precision: str = "bf16"
     eval_every: int = 1000
@@ -299,7 +310,7 @@ class CodecTrainConfig:
     seed: int = 1234
     device: str = "auto"
     wandb: str = "offline"
-    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 0.5, "f0": 1.0, "commit": 0.25})
+    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25})
 
 
 # ----------------------------------------------------------------------------- JSON and CLI

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,8 +24,11 @@ from pathlib import Path
 from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 
 GRID = 240                      # samples between label points: 10 ms
-TRUNCATIONS = (1, 2, 2, 3, 4, 6, 8, 10, 12, 16, 24)
+TRUNCATIONS = (1, 1, 1, 2, 2, 2, 2, 3, 4, 6, 8, 10, 12, 16, 16, 16, 16, 24)
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
+SURE_LEVELS = 2                 # codebooks from here on may be mis-sampled in training: the words must not need them
+UNKNOWN = 255                   # phone label where nobody knows the phone
+RECORDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
 
 # ----------------------------------------------------------------------------- data
@@ -40,7 +44,6 @@ def read_supervisions(data: str, split: str) -> list[dict]:
 def label_turn(job: tuple) -> tuple:
     """One turn -> (int16 samples (N,), phones (N // GRID + 1,) uint8, f0 Hz (same) float32)."""
     import numpy as np
-    import pyworld
     import soundfile
     path, alignment, alphabet = job
     audio, _ = soundfile.read(path, dtype="float32")
@@ -50,10 +53,7 @@ def label_turn(job: tuple) -> tuple:
     index = np.searchsorted(np.asarray(alignment["ends"]), times, side="right")
     symbols = np.asarray([max(0, alphabet.find(p)) for p in alignment["phones"]] + [0], np.uint8)
     phones[:] = symbols[np.minimum(index, len(symbols) - 1)]
-    x = audio.astype(np.float64)
-    f0, t = pyworld.dio(x, 24000, f0_floor=55, f0_ceil=580, frame_period=10.0)
-    f0 = pyworld.stonemask(x, f0, t, 24000).astype(np.float32)[:points]
-    return (audio * 32767).astype(np.int16), phones, np.pad(f0, (0, points - len(f0)))
+    return (audio * 32767).astype(np.int16), phones, measure_pitch(audio)
 
 
 def continuous_pitch(f0, gap: int = 12):
@@ -72,35 +72,54 @@ def continuous_pitch(f0, gap: int = 12):
     return np.where(near, filled, -filled).astype(np.float32)
 
 
+def label_recording(path: str) -> tuple:
+    """A recording without transcript -> as label_turn, phones unknown; None for one that is too short or cannot be read."""
+    import numpy as np
+
+    import audio_io
+    try:
+        audio = audio_io.read_audio(path)
+    except ValueError:
+        return None
+    if len(audio) < 12000 or np.abs(audio).max() < 0.01:
+        return None
+    audio = audio / np.abs(audio).max() * 0.7
+    return (audio * 32767).astype(np.int16), np.full(len(audio) // GRID + 1, UNKNOWN, np.uint8), measure_pitch(audio)
+
+
+def measure_pitch(audio):
+    """float32 (N,) -> f0 in Hz every 10 ms, (N // GRID + 1,); 0 where unvoiced. WORLD's dio and stonemask (Morise et al. 2016)."""
+    import numpy as np
+    import pyworld
+    x, points = audio.astype(np.float64), len(audio) // GRID + 1
+    f0, t = pyworld.dio(x, 24000, f0_floor=55, f0_ceil=580, frame_period=10.0)
+    f0 = pyworld.stonemask(x, f0, t, 24000).astype(np.float32)[:points]
+    return np.pad(f0, (0, points - len(f0)))
+
+
 class CodecData:
     """All turns of a split in memory: int16 audio, phone and pitch labels every 10 ms. Crops are drawn at random."""
 
-    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 2):
-        import numpy as np
-        from tqdm import tqdm
-
-        import runtime
+    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 2, recordings: str = "", augment: float = 0.0):
         turns = read_supervisions(data, split)
         if limit_hours:
-            seconds, kept = 0.0, []
-            for turn in turns:
-                if seconds > limit_hours * 3600:
-                    break
-                seconds += turn["duration"]
-                kept.append(turn)
-            turns = kept
+            before = [0.0, *itertools.accumulate(t["duration"] for t in turns)]
+            turns = [t for t, seconds in zip(turns, before) if seconds <= limit_hours * 3600]
         jobs = [(str(Path(data) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in turns]
         cache = Path(data) / "codec_labels" / f"{split}-{hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16]}.npz"
-        if cache.exists():
-            with np.load(cache) as stored:
-                self.turns = [tuple(stored[f"{i}_{part}"] for part in range(3)) for i in range(len(jobs))]
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                self.turns = list(tqdm(pool.map(label_turn, jobs, chunksize=8), total=len(jobs), desc=f"labels {split}", unit="turn", mininterval=5))
-            cache.parent.mkdir(exist_ok=True)
-            runtime.atomic_write(cache, lambda file: np.savez(file, **{f"{i}_{part}": a for i, turn in enumerate(self.turns) for part, a in enumerate(turn)}))
-        self.turns = [(audio, phones, continuous_pitch(f0)) for audio, phones, f0 in self.turns]
+        labelled = cached_labels(cache, label_turn, jobs, workers, f"labels {split}")
+        if recordings:
+            labelled += self._recordings(recordings, workers)
+        self.turns = [(audio, phones, continuous_pitch(f0)) for audio, phones, f0 in labelled]
         self.hours = sum(len(t[0]) for t in self.turns) / 24000 / 3600
+        self.augment = augment
+
+    def _recordings(self, folder: str, workers: int) -> list[tuple]:
+        files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in RECORDINGS and p.parent.name != "silence")
+        if not files:
+            raise ValueError(f"no audio files in {folder}: check --recordings")
+        cache = Path(folder) / f".codec_labels-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.npz"
+        return cached_labels(cache, label_recording, files, workers, "recordings")
 
     def crop(self, rng, length: int) -> tuple:
         """-> audio (length,) float, phones and f0 at the label points of the crop."""
@@ -123,9 +142,40 @@ class CodecData:
         import torch
         items = [self.crop(rng, length) for _ in range(size)]
         gain = 10 ** (rng.uniform(-12, 3, (size, 1)) / 20)
-        audio = np.stack([i[0] for i in items]) * gain.astype(np.float32)
+        audio = np.stack([roughen(i[0], rng, self.augment) for i in items]) * gain.astype(np.float32)
         return (torch.from_numpy(audio).float().clamp(-1, 1), torch.from_numpy(np.stack([i[1] for i in items])).long(),
                 torch.from_numpy(np.stack([i[2] for i in items])))
+
+
+def cached_labels(cache: Path, label, jobs: list, workers: int, what: str) -> list[tuple]:
+    """label(job) for every job, in parallel, kept in `cache`; what gave None is left out."""
+    import numpy as np
+    from tqdm import tqdm
+
+    import runtime
+    if cache.exists():
+        with np.load(cache) as stored:
+            return [tuple(stored[f"{i}_{part}"] for part in range(3)) for i in range(len(stored.files) // 3)]
+    with ProcessPoolExecutor(workers) as pool:
+        found = [t for t in tqdm(pool.map(label, jobs, chunksize=8), total=len(jobs), desc=what, unit="file", mininterval=5) if t is not None]
+    cache.parent.mkdir(exist_ok=True)
+    runtime.atomic_write(cache, lambda file: np.savez(file, **{f"{i}_{part}": a for i, turn in enumerate(found) for part, a in enumerate(turn)}))
+    return found
+
+
+def roughen(audio, rng, probability: float):
+    """(N,) -> the same, sometimes with a narrower band (2.8 to 10 kHz), sometimes with steady noise 15 to 40 dB below it."""
+    import numpy as np
+    if rng.random() < probability:
+        spectrum = np.fft.rfft(audio)
+        hz = np.arange(len(spectrum)) * (12000 / (len(spectrum) - 1))
+        audio = np.fft.irfft(spectrum / (1 + (hz / rng.uniform(2800, 10000)) ** 16), len(audio)).astype(np.float32)
+    if rng.random() < probability:
+        noise = np.fft.rfft(rng.standard_normal(len(audio)).astype(np.float32))
+        noise = np.fft.irfft(noise / (1 + np.arange(len(noise)) * rng.uniform(0, 20) / len(noise)), len(audio))
+        level = np.sqrt(np.mean(audio ** 2)) * 10 ** (-rng.uniform(15, 40) / 20)
+        audio = audio + (noise / max(1e-9, noise.std()) * level).astype(np.float32)
+    return audio
 
 
 # ----------------------------------------------------------------------------- losses
@@ -178,11 +228,12 @@ def make_trainer_modules(cfg: CodecConfig):
 
 
 def quantise(codec, x, cfg: CodecTrainConfig, generator):
-    """latents (B, T, E) -> decoder input (B, T, E), commitment loss, per side (quantiser, z, codes, partial sums)."""
+    """latents (B, T, E) -> decoder input (B, T, E), commitment loss, per side (quantiser, z, codes, partial sums),
+    and what the decoder hears of the semantic side (B, T, d)."""
     import torch
     total, split = codec.cfg.num_codebooks, codec.cfg.num_semantic
-    count, first = draw_truncation(x.shape[0], total, cfg, generator)
-    sides, commit, decoder_in = [], 0.0, 0.0
+    count = draw_truncation(x.shape[0], total, cfg, generator)
+    sides, commit, decoder_in, words = [], 0.0, 0.0, None
     for offset, quantizer, project, back in ((0, codec.semantic, codec.semantic_in, codec.semantic_out),
                                              (split, codec.acoustic, codec.acoustic_in, codec.acoustic_out)):
         z = project(x).float()
@@ -192,28 +243,35 @@ def quantise(codec, x, cfg: CodecTrainConfig, generator):
         before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
         commit = commit + ((z[None] - before - vectors) ** 2).mean()
         sides.append((quantizer, z, codes, sums))
-        level = torch.arange(offset, offset + quantizer.levels)[:, None]
-        keep = (level < count[None]).to(z.dtype)[..., None, None]
-        heard = (missample(vectors, level >= first[None], generator) * keep).sum(0)
+        keep = (torch.arange(offset, offset + quantizer.levels)[:, None] < count[None]).to(z.dtype)[..., None, None]
+        sure = SURE_LEVELS if offset == 0 else 1
+        heard = (missample(vectors, sure, cfg.noise_probability, generator) * keep).sum(0)
+        words = heard if words is None else words
         there = (count > offset).to(z.dtype)[:, None, None]
         decoder_in = decoder_in + back(z + (heard - z).detach()) * there
-    return decoder_in, commit, sides
+    return decoder_in, commit, sides, words
 
 
 def draw_truncation(B: int, total: int, cfg: CodecTrainConfig, generator):
-    """Per crop: how many codebooks the decoder hears, and from which one on they may be mis-sampled (total: none)."""
+    """Per crop: how many codebooks the decoder hears, (B,)."""
     import torch
     short = torch.rand(B, generator=generator) < cfg.dropout_probability
     choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)].clamp(max=total)
-    swap = torch.rand(B, generator=generator) < cfg.noise_probability
-    first = torch.randint(min(3, total - 1), total, (B,), generator=generator)
-    return torch.where(short, choice, total), torch.where(swap, first, total)
+    return torch.where(short, choice, total)
 
 
-def missample(vectors, may, generator):
-    """vectors (L, B, T, d), may (L, B): there, some get another crop's vectors, as a language model's errors would."""
+def missample(vectors, sure: int, probability: float, generator):
+    """vectors (L, B, T, d): in some crops a share of the later levels' codes are another crop's, as a language model's errors would be.
+
+    The first `sure` levels are always right. Where errors begin and how frequent they are differs from crop to crop.
+    """
     import torch
-    where = (torch.rand(vectors.shape[:3], generator=generator) < 0.3) & may[..., None]
+    L, B, T, _ = vectors.shape
+    first = torch.randint(min(sure, L), L + 1, (B,), generator=generator)
+    first = torch.where(torch.rand(B, generator=generator) < 0.5, sure, first)
+    rate = torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < probability)
+    may = torch.arange(L)[:, None] >= first[None]
+    where = (torch.rand((L, B, T), generator=generator) < rate[None, :, None]) & may[..., None]
     return torch.where(where[..., None], vectors.roll(1, 1), vectors)
 
 
@@ -226,16 +284,18 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     x, _ = codec.latents(audio)
     losses = {}
     if quantised:
-        decoder_in, losses["commit"], sides = quantise(codec, x, cfg, generator)
+        decoder_in, losses["commit"], sides, words = quantise(codec, x, cfg, generator)
         sums, zs = sides[0][3], sides[0][1]
-        partial = [zs + (sums[min(n, len(sums)) - 1] - zs).detach() for n in PHONE_LEVELS]
+        partial = [zs + (part - zs).detach() for part in (*(sums[min(n, len(sums)) - 1] for n in PHONE_LEVELS), words)]
     else:
         zs, za = codec.semantic_in(x), codec.acoustic_in(x)
         decoder_in, sides, partial = codec.semantic_out(zs) + codec.acoustic_out(za), (zs, za), [zs]
     slots, per_slot = N // codec.cfg.slot_size, codec.cfg.slot_size // GRID
     target = phones[:, per_slot // 2:][:, ::per_slot][:, :slots]                       # label at the slot's centre
     logits = reader(torch.cat(partial).float())
-    phone_losses = [F.cross_entropy(p.reshape(-1, p.shape[-1]), target.reshape(-1)) for p in logits.chunk(len(partial))]
+    target = torch.where(target == UNKNOWN, -100, target)
+    labels = (target >= 0).sum().clamp_min(1)
+    phone_losses = [F.cross_entropy(p.reshape(-1, p.shape[-1]), target.reshape(-1), reduction="sum") / labels for p in logits.chunk(len(partial))]
     losses["phones"] = sum(phone_losses) / len(phone_losses)
     (harmonic, noise, f0), _ = codec.controls(decoder_in)
     centre = codec.cfg.synth_hop // GRID
@@ -246,8 +306,8 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
              "hop": torch.randint(0, 200, (B,), generator=generator)}
     fake, _ = codec.synth(harmonic, noise, true_f0.abs(), state)
     losses["mel"], losses["stft"] = spectral(fake, audio)
-    accuracy = [(p.argmax(-1) == target).float().mean() for p in logits.chunk(len(partial))]
-    return losses, sides, {f"phones@{n}": a for n, a in zip(PHONE_LEVELS if quantised else ("z",), accuracy)}
+    accuracy = [(p.argmax(-1) == target).sum() / labels for p in logits.chunk(len(partial))]
+    return losses, sides, {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if quantised else ("z",), accuracy)}
 
 
 # ----------------------------------------------------------------------------- loop
@@ -324,7 +384,7 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> 
     torch.manual_seed(cfg.seed)
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
-    data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours)
+    data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment)
     codec, (reader, spectral) = Codec(codec_cfg), make_trainer_modules(codec_cfg)
     parameters = trained_parameters(codec, reader, cfg.decoder_only)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
