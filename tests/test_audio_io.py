@@ -60,3 +60,18 @@ def test_no_sound_device_is_a_plain_error(monkeypatch):
     for use in (lambda: audio_io.play(tone(24000)), lambda: audio_io.Microphone().__enter__()):
         with pytest.raises(ValueError, match="sounddevice"):
             use()
+
+
+def test_telephone_format_is_read(tmp_path):
+    av = pytest.importorskip("av")
+    path, tone = tmp_path / "prompt.g722", (np.sin(np.arange(16000) * 2 * np.pi * 440 / 16000) * 12000).astype(np.int16)
+    with av.open(str(path), "w", format="g722") as container:
+        stream = container.add_stream("g722", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    audio = audio_io.read_audio(path)
+    assert abs(len(audio) - 24000) < 200
+    peak = np.abs(np.fft.rfft(audio[4000:20000])).argmax() * 24000 / 16000
+    assert abs(peak - 440) < 3
