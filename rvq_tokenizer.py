@@ -9,17 +9,23 @@ spent on it and no adversarial loss is needed for a clean voice.
 
 Everything is causal and `state=None` is the offline case of the same code: any chunking gives the same samples.
 Knows nothing of text, files or training. Shapes: B batch, N samples, T frames, K codebooks, S slots (20 ms), D width.
+
+    python rvq_tokenizer.py encode voice.wav voice.codes       (see codec_tools.py)
 """
 from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+if __name__ == "__main__":       # the command line lives above, where weights and files can be opened; it answers --help before torch is loaded
+    import runpy
+    runpy.run_module("codec_tools", run_name="__main__")
 
-from config import CodecConfig
-from layers import ConvStack
+import torch                     # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn     # noqa: E402
+
+from config import CodecConfig   # noqa: E402
+from layers import ConvStack     # noqa: E402
 
 LOW_FFT = 2048                 # window of the fine low-frequency spectrum: 85 ms, 11.7 Hz bins
 NOISE_TABLE = 1 << 16          # samples of fixed noise, addressed by absolute position

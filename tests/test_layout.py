@@ -17,7 +17,7 @@ RANKS = {"config": 0,
          "layers": 2,
          "rvq_tokenizer": 3, "architecture": 3,
          "checkpoint": 4, "synthetic_conversations": 4,
-         "collect_data": 5, "dataset_pipeline": 5, "generation": 5, "evaluation_framework": 5,
+         "codec_tools": 5, "collect_data": 5, "dataset_pipeline": 5, "generation": 5, "evaluation_framework": 5,
          "train": 6, "train_codec": 6, "demo": 6, "benchmark": 6, "report": 6}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
