@@ -703,7 +703,7 @@ class CSM(nn.Module):
         """
         slots = self.remember(history) if history is not None and self.memory_writer is not None else None
         reading = self._noisy_reading(batch.reading, generator)
-        h, plan = self._encode(replace(batch, reading=reading), memory=slots)
+        h, plan = self._encode(replace(batch, reading=reading, frames=self._noisy_frames(batch, generator)), memory=slots)
         h = h.flatten(0, 1)
         valid = batch.turn >= 0
         voice = valid & batch.mask[..., 0]
@@ -762,6 +762,17 @@ class CSM(nn.Module):
         hit = torch.rand(reading.shape, generator=generator, device=device) < self.cfg.cross.reading_noise
         off = (off * hit).to(reading.device)
         return torch.where(reading >= 0, (reading + off).clamp(min=0), reading)
+
+    def _noisy_frames(self, batch: FrameBatch, generator) -> Tensor:
+        """The input frames with a share of the voice's exchanged for other voice frames of the batch; targets stay."""
+        if not self.training or self.cfg.code_noise <= 0:
+            return batch.frames
+        device = generator.device if generator else None
+        voice = (batch.mask[..., 0] & batch.frames[..., :-1].any(-1)).flatten().nonzero()[:, 0]
+        hit = voice[(torch.rand(len(voice), generator=generator, device=device) < self.cfg.code_noise).to(voice.device)]
+        frames, other = batch.frames.clone(), torch.randint(max(1, len(voice)), (len(hit),), generator=generator, device=device)
+        frames.view(-1, frames.shape[-1])[hit] = frames.flatten(0, 1)[voice[other.to(voice.device)]]
+        return frames
 
     def _advance_loss(self, h, batch, given, voice, out, metrics) -> None:
         known = voice & (batch.reading >= 0)

@@ -156,6 +156,7 @@ class ModelConfig:
     depth_fraction: float = 0.0625    # share of audio frames that train the depth decoder (1/16)
     depth_decay: float = 0.0          # weight of the n-th semantic or acoustic codebook in the depth loss: n ** -depth_decay; 0: all alike
     dropout: float = 0.0
+    code_noise: float = 0.0           # share of heard frames exchanged in training: generation hears its own mistakes too
     cross: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     loss_weights: dict = field(default_factory=lambda: {"c0": 1.0, "depth": 1.0, "text": 0.1, "advance": 0.5, "phones": 0.3})
@@ -163,6 +164,7 @@ class ModelConfig:
     def __post_init__(self):
         _require(0 < self.depth_fraction <= 1, f"depth_fraction {self.depth_fraction} must be in (0, 1]: change --depth_fraction")
         _require(self.num_codebooks >= 2, f"num_codebooks {self.num_codebooks} must be at least 2: change --num_codebooks")
+        _require(0 <= self.code_noise < 1, f"code_noise {self.code_noise} must be in [0, 1): change --code_noise")
         _require(self.depth_decay >= 0, f"depth_decay {self.depth_decay} must be at least 0: change --depth_decay")
         _require(self.depth.max_positions >= self.num_codebooks, f"depth.max_positions {self.depth.max_positions} < num_codebooks {self.num_codebooks}: raise --depth.max_positions")
 
@@ -182,7 +184,7 @@ OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enab
 
 MODEL_PRESETS = {
     # laptop CPU; the shipped weights. The first 16 codebooks: 10 semantic and 6 acoustic.
-    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2, depth_decay=1.0,
+    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2, depth_decay=1.0, code_noise=0.05,
                                 cross=CrossAttentionConfig(every=2), memory=MemoryConfig(window_turns=4)),
     # seconds on a CPU, for tests
     "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
