@@ -34,11 +34,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(head_dim: int, cfg: TransformerConfig) -> Tensor:
-    """(head_dim / 2,) radians per position, llama3-scaled. Source: CSM_SPEC 3.2."""
-    freq = cfg.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    turns = cfg.rope_old_context * freq / (2 * math.pi)      # rotations within the old context
+    """(head_dim / 2,) radians per position, llama3-scaled. Source: CSM_SPEC 3.2.
+
+    In float32 and in this order of operations, as the official code has it: at position 2000 a difference in the
+    last bit of a frequency is one of 1e-4 radians.
+    """
+    freq = 1.0 / cfg.rope_base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if cfg.rope_scale_factor == 1:
+        return freq
+    turns = cfg.rope_old_context / (2 * math.pi / freq)      # rotations within the old context
     smooth = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
-    return ((1 - smooth) * freq / cfg.rope_scale_factor + smooth * freq).float()
+    return (1 - smooth) * freq / cfg.rope_scale_factor + smooth * freq
 
 
 class Rope(nn.Module):

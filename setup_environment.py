@@ -1,7 +1,7 @@
 """Make a virtual environment, install the pinned requirements into it, say what this machine has.
 
     python setup_environment.py            # .venv, ready to run everything
-    python setup_environment.py --dev      # pytest and ruff as well
+    python setup_environment.py --dev      # what the tests need as well
     python setup_environment.py --check    # only look, install nothing
 
 Standard library only, and it knows nothing of the project but its requirements files, so it works
@@ -27,7 +27,8 @@ FREE_GB = 3.0                     # less than this and the installation would no
 NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
 # pyworld (the pitch judge) needs a C++ compiler where there is no wheel; sounddevice plays and records.
 OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6")
-DEV = ("pytest==9.2.0", "ruff==0.17.6")
+# transformers holds the reference CSM that the tests compare ours with.
+DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0")
 STAMP = "csm-setup.json"
 
 NETWORK_SIGNS = ("failed to establish a new connection", "temporary failure in name resolution", "network is unreachable",
@@ -307,7 +308,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None) -> int:
     parser = Parser(description="Make a virtual environment, install the pinned requirements, say what this machine has.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", metavar="DIR", help="default .venv beside this file")
-    parser.add_argument("--dev", action="store_true", help="install pytest and ruff as well")
+    parser.add_argument("--dev", action="store_true", help="install what the tests need as well (pytest, ruff, transformers)")
     parser.add_argument("--check", action="store_true", help="only look, install nothing")
     args = parser.parse_args(argv)
     try:

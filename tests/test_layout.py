@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = {"config": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1,
          "layers": 2,
-         "rvq_tokenizer": 3, "architecture": 3,
+         "rvq_tokenizer": 3, "architecture": 3, "csm_weights": 3,
          "checkpoint": 4, "synthetic_conversations": 4,
          "codec_tools": 5, "collect_data": 5, "dataset_pipeline": 5, "generation": 5, "evaluation_framework": 5,
          "train": 6, "train_codec": 6, "demo": 6, "benchmark": 6, "report": 6}
