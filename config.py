@@ -244,7 +244,7 @@ class SamplingConfig:
 class TrainConfig:
     """One training run of the CSM model (train.py)."""
     model_size: str = "nano"
-    data: str = "data/synthetic"      # folder written by collect_data.py and dataset_pipeline.py
+    data: str = "data/synthetic"      # folder written by collect_data.py and dataset_pipeline.py; several with commas between
     output: str = "checkpoints"
     codec: str = "pretrained/codec"
     init_from: str = ""               # weights to start from; empty: the shipped ones of this size where they exist

@@ -231,7 +231,14 @@ class Turn:
         return len(self.ids) + self.codes.size(1) + 6
 
 
+def data_folders(data) -> list[str]:
+    """"data/a,data/b" -> the folders that train together."""
+    return [part.strip() for part in str(data).split(",") if part.strip()]
+
+
 def read_index(data) -> dict:
+    """The token index of a folder; of several, the first one's."""
+    data = (data_folders(data) or [""])[0]
     path = Path(data) / "tokens" / "index.json"
     if not path.is_file():
         missing = "python dataset_pipeline.py" if (Path(data) / "manifests").is_dir() else "python collect_data.py, then python dataset_pipeline.py"
@@ -243,7 +250,14 @@ def read_index(data) -> dict:
 
 
 def read_turns(data, split: str, tokenizer, codec_fingerprint: str | None = None) -> list[list[Turn]]:
-    """All conversations of a split, each a list of turns in order. ValueError for missing, damaged or foreign shards."""
+    """All conversations of a split, each a list of turns in order. ValueError for missing, damaged or foreign shards.
+
+    data: a folder with tokens/, or several with commas between; all of one codec.
+    """
+    folders = data_folders(data)
+    if len(folders) > 1:
+        codec_fingerprint = codec_fingerprint or read_index(data)["codec_fingerprint"]
+        return [turns for folder in folders for turns in read_turns(folder, split, tokenizer, codec_fingerprint)]
     index = read_index(data)
     check_codec(f"{data}/tokens", index["codec_fingerprint"], codec_fingerprint)
     conversations: dict[str, list[Turn]] = {}
@@ -390,7 +404,7 @@ class ConversationDataset:
     def __init__(self, data, cfg: ModelConfig, split: str = "train", batch_positions: int = 4096, seed: int = 0, ranks: Ranks = Ranks(),
                  codec_fingerprint: str | None = None, p_listen: float = 0.15, p_mood: float = 0.5, p_history: float = 0.25,
                  shuffle_speakers: bool = True):
-        """data: folder with tokens/. p_listen, p_mood, p_history: share of turns in listening order, of turns with their mood tag
+        """data: folder with tokens/, or several with commas between. p_listen, p_mood, p_history: share of turns in listening order, of turns with their mood tag
         and of windows with a history (only where the model has a memory)."""
         self.cfg, self.seed, self.ranks, self.batch_positions = cfg, seed, ranks, batch_positions
         self.p_listen, self.p_mood, self.shuffle_speakers = p_listen if cfg.text_head else 0.0, p_mood, shuffle_speakers

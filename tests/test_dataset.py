@@ -152,6 +152,14 @@ def test_shards_round_trip(corpus):
     assert torch.equal(first.codes, dp.encode_turns(ToyCodec(), [audio])[0])
 
 
+def test_several_folders_train_together(corpus, tmp_path):
+    alone = dp.read_turns(corpus, "train", ByteTokenizer())
+    both = dp.read_turns(f"{corpus},{corpus}", "train", ByteTokenizer())
+    assert len(both) == 2 * len(alone) and all(len(a) == len(b) for a, b in zip(both, alone + alone))
+    with pytest.raises(ValueError, match="no tokens in"):
+        dp.read_turns(f"{corpus},{tmp_path / 'none'}", "train", ByteTokenizer())
+
+
 def test_encoding_in_batches_changes_nothing():
     audios = [np.full(n, v, np.float32) for n, v in ((1920, 0.5), (5000, 1.0), (1, 0.25), (1921, 0.1))]
     together = dp.encode_turns(ToyCodec(), audios)
