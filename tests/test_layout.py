@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = {"config": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1,
          "layers": 2,
-         "rvq_tokenizer": 3, "architecture": 3, "csm_weights": 3,
-         "checkpoint": 4, "synthetic_conversations": 4,
-         "codec_tools": 5, "collect_data": 5, "dataset_pipeline": 5, "generation": 5, "evaluation_framework": 5,
-         "train": 6, "train_codec": 6, "demo": 6, "benchmark": 6, "report": 6}
+         "rvq_tokenizer": 3, "additions": 3, "csm_weights": 3,
+         "architecture": 4,
+         "checkpoint": 5, "synthetic_conversations": 5,
+         "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "evaluation_framework": 6,
+         "train": 7, "train_codec": 7, "demo": 7, "benchmark": 7, "report": 7}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
 STANDARD_AT_IMPORT = {"config", "runtime", "setup_environment", "run_experiment"}
