@@ -5,6 +5,8 @@ and plain data, read with weights_only=True; everything an exact resume needs is
 folder* (pretrained/nano, pretrained/codec) is model.safetensors + config.json, small enough for git.
 
     python checkpoint.py --checkpoint checkpoints/best_model.pt --output pretrained/nano
+    python checkpoint.py import_csm PATH --output DIR         # Sesame's CSM-1B: a folder, a file, or its name at the hub
+    python checkpoint.py export_csm DIR --format transformers --output DIR2
 """
 from __future__ import annotations
 
@@ -21,23 +23,45 @@ from runtime import ROOT, atomic_write, plain_errors, write_json
 
 
 def build_parser() -> Parser:
-    parser = Parser(description="Write the weights of a training file as a small folder (model.safetensors + config.json).")
+    parser = Parser(description="Write the weights of a training file as a small folder (model.safetensors + config.json), or bring official CSM weights in or out.")
     parser.add_argument("--checkpoint", default="checkpoints/best_model.pt", help="training file of train.py")
-    parser.add_argument("--output", required=True, help="folder to write, such as pretrained/nano")
+    parser.add_argument("--output", help="folder to write, such as pretrained/nano")
     parser.add_argument("--storage", default="int8", choices=("int8", "bf16"), help="how matrices are stored (default int8 rows with fp16 scales)")
+    commands = parser.add_subparsers(dest="command", metavar="import_csm | export_csm")
+    bring = commands.add_parser("import_csm", help="official CSM weights of either format -> a folder of this project")
+    bring.add_argument("path", help="folder in the original or the transformers format, an original file, or a name at the hub (sesame/csm-1b)")
+    bring.add_argument("--output", required=True, help="folder to write")
+    bring.add_argument("--storage", default="exact", choices=("exact", "bf16", "int8"), help="exact (default) keeps every bit, so that an export gives them back")
+    give = commands.add_parser("export_csm", help="a CSM without our additions -> the original or the transformers format")
+    give.add_argument("path", help="folder of this project, training file, or official weights in the other format")
+    give.add_argument("--output", required=True, help="folder to write")
+    give.add_argument("--format", required=True, choices=("transformers", "original"), help="whose names and layout to write")
+    give.add_argument("--shard_gb", type=float, default=5.0, help="largest file of the transformers format, in GB (default 5)")
     return parser
 
 
+def parse(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.output:
+        parser.error("the following arguments are required: --output")
+    return args
+
+
 if __name__ == "__main__":       # --help and wrong flags are answered before torch is loaded
-    build_parser().parse_args()
+    parse()
 
 import torch                     # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load as load_tensors, save as tensor_bytes  # noqa: E402
+from safetensors.torch import load as load_tensors, load_file  # noqa: E402
 from torch import Tensor, nn     # noqa: E402
+
+import csm_weights               # noqa: E402
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+MIMI = "mimi.safetensors"        # the codec that came with official weights: carried for an export, not used
+LARGE = 2 ** 30                  # bytes; weights beyond this are mapped from the disk rather than read
 SCALE = "::scale"                # suffix of the scales that belong to an int8 tensor
 SMALL = 4096                     # tensors below this many numbers stay float32: little to gain, biases and gates to lose
 
@@ -113,10 +137,19 @@ def _fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
 # ----------------------------------------------------------------------------- folders
 
 def _write_folder(folder, tensors: dict[str, Tensor], about: dict) -> None:
-    folder = Path(folder)
-    data = tensor_bytes(tensors)
-    atomic_write(folder / WEIGHTS, data)
-    write_json(folder / "config.json", {"format": FORMAT} | about | {"sha256": hashlib.sha256(data).hexdigest()})
+    path = csm_weights.write_tensors(Path(folder) / WEIGHTS, tensors)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(Path(folder) / "config.json", {"format": FORMAT} | about | {"sha256": digest})
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a safetensors file and its SHA-256."""
+    if path.stat().st_size > LARGE:
+        with open(path, "rb") as file:
+            return load_file(path), hashlib.file_digest(file, "sha256").hexdigest()
+    data = path.read_bytes()
+    return load_tensors(data), hashlib.sha256(data).hexdigest()
 
 
 def _read_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
@@ -126,12 +159,11 @@ def _read_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"{folder} holds no {name}: it is not a folder of {kind} weights; check the path")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        data = (folder / WEIGHTS).read_bytes()
-        tensors = load_tensors(data)
+        tensors, digest = _read_weights(folder / WEIGHTS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} is corrupt ({error}): copy it again") from None
     _check_kind(folder, about, kind)
-    if about.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
+    if about.get("sha256") not in (None, digest):
         raise ValueError(f"{folder / WEIGHTS} is corrupt (its SHA-256 is not the one in config.json): copy it again")
     return tensors, about
 
@@ -145,9 +177,9 @@ def _check_kind(path, about, kind: str) -> None:
         raise ValueError(f"{path} holds weights of kind {about['kind']!r} where {kind!r} is needed: check --checkpoint and --codec")
 
 
-def _load_state(module: nn.Module, state: dict[str, Tensor], where) -> None:
+def _load_state(module: nn.Module, state: dict[str, Tensor], where, assign: bool = False) -> None:
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise ValueError(f"{where} does not fit the model of its own config ({lines[min(1, len(lines) - 1)].strip()[:200]}): "
@@ -260,25 +292,91 @@ def save_pretrained(model: nn.Module, folder, int8: bool = True, codec_fingerpri
 
 
 def load_model(path, device="cpu", codec_fingerprint: str | None = None) -> nn.Module:
-    """architecture.CSM in eval mode and float32, from a shipped folder or a training file (averaged weights where it has them).
+    """architecture.CSM in eval mode and float32, from a shipped folder, a training file (averaged weights where it has them),
+    official CSM weights of either format, or their name at the hub (sesame/csm-1b).
 
     Sets model.codec_fingerprint. ValueError for anything unreadable, or trained on another codec than codec_fingerprint.
     """
-    from architecture import CSM
-    path = find(path)
-    if not path.exists():
-        raise ValueError(f"there is no checkpoint {path}: use --checkpoint pretrained/nano, or train first (python train.py)")
-    if path.is_dir():
-        tensors, about = _read_folder(path, "csm")
-        state = _unpack(tensors)
+    path = find_weights(path)
+    if csm_weights.is_official(path):
+        official, about = csm_weights.read(path), {"codec_fingerprint": csm_weights.MIMI}
+        cfg, state = official.cfg, {name: value.float() for name, value in official.tensors.items()}
     else:
-        about = load_training(path, "csm", mmap=path.stat().st_size > 2 ** 30)
-        state = about["model"] | (about.get("ema") or {})
+        state, about = _read_model(path)
+        cfg = from_dict(ModelConfig, about["config"])
     check_codec(path, about.get("codec_fingerprint"), codec_fingerprint)
-    model = CSM(from_dict(ModelConfig, about["config"]))
-    _load_state(model, state, path)
+    model = _build(cfg, state, path)
     model.codec_fingerprint = about.get("codec_fingerprint")
     return model.eval().to(device)
+
+
+def find_weights(path) -> Path:
+    """`path` on this disk, or fetched where it is a name at the hub. ValueError where it is neither."""
+    found = find(path)
+    if not found.exists() and csm_weights.is_hub_name(path) and not find(Path(path).parent).exists():
+        return csm_weights.fetch(str(path))
+    if not found.exists():
+        raise ValueError(f"there is no checkpoint {found}: use --checkpoint pretrained/nano, or train first (python train.py)")
+    return found
+
+
+def _read_model(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """float32 tensors and config of one of our folders or training files."""
+    if path.is_dir():
+        tensors, about = _read_folder(path, "csm")
+        return _unpack(tensors), about
+    about = load_training(path, "csm", mmap=path.stat().st_size > LARGE)
+    return about["model"] | (about.get("ema") or {}), about
+
+
+def _build(cfg: ModelConfig, state: dict[str, Tensor], where) -> nn.Module:
+    from architecture import CSM
+    large = sum(value.nbytes for value in state.values()) > LARGE              # then the tensors themselves become the parameters
+    with torch.device("meta" if large else "cpu"):
+        model = CSM(cfg)
+    _load_state(model, state, where, assign=large)
+    return model
+
+
+# ----------------------------------------------------------------------------- official CSM weights
+
+def import_csm(path, folder, storage: str = "exact") -> csm_weights.Official:
+    """Official weights of either format -> our folder. Mimi, where it came along, lies beside them for an export.
+
+    storage "exact" keeps every bit; "bf16" and "int8" are those of save_pretrained. ValueError for a missing or surplus tensor.
+    """
+    official = csm_weights.read(find_weights(path))
+    tensors = official.tensors if storage == "exact" else _pack(official.tensors, storage == "int8")
+    if official.codec:
+        csm_weights.write_tensors(Path(folder) / MIMI, official.codec)
+    _write_folder(folder, tensors, {"kind": "csm", "config": to_dict(official.cfg), "codec_fingerprint": csm_weights.MIMI, "storage": storage,
+                                    "official": {"layout": official.layout, "config": official.config, "generation": official.generation}})
+    return official
+
+
+def export_csm(path, folder, layout: str, shard_bytes: int = 5 * 10 ** 9) -> list[Path]:
+    """Weights of a CSM without additions -> the original or the transformers format; the files written.
+
+    ValueError where the model has tensors for which those formats have no place.
+    """
+    path = find_weights(path)
+    official = csm_weights.read(path) if csm_weights.is_official(path) else _as_official(path)
+    return csm_weights.write(official, folder, layout, shard_bytes)
+
+
+def _as_official(path: Path) -> csm_weights.Official:
+    tensors, about = _read_folder(path, "csm") if path.is_dir() else ({}, {})
+    if about.get("storage") != "exact":
+        tensors, about = _read_model(path)
+    cfg, kept = from_dict(ModelConfig, about["config"]), about.get("official", {})
+    wanted = csm_weights.shapes(cfg)
+    ours = sorted(tensors.keys() - wanted.keys())
+    if ours:
+        raise ValueError(f"{path} holds {ours[0]} and {len(ours) - 1} more tensors for which CSM's formats have no place: "
+                         "export a model whose cross.enabled, memory.enabled and text_head are false, as import_csm makes it")
+    csm_weights.check_tensors(tensors, wanted, path)
+    codec = _read_weights(path / MIMI)[0] if path.is_dir() and (path / MIMI).is_file() else {}
+    return csm_weights.Official(cfg, tensors, kept.get("layout", "original"), kept.get("config", {}), kept.get("generation", {}), codec)
 
 
 def default_checkpoint() -> Path:
@@ -291,13 +389,25 @@ def default_checkpoint() -> Path:
 
 @plain_errors
 def main(argv=None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
+    if args.command == "import_csm":
+        official = import_csm(args.path, args.output, args.storage)
+        count = sum(value.numel() for value in official.tensors.values())
+        print(f"{args.output}: {count:,} parameters in {len(official.tensors)} tensors, from the {official.layout} format")
+    elif args.command == "export_csm":
+        files = export_csm(args.path, args.output, args.format, int(args.shard_gb * 10 ** 9))
+        print(f"{args.output}: {args.format} format, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB in {len(files)} file{'s' * (len(files) > 1)}")
+    else:
+        _ship(args)
+    return 0
+
+
+def _ship(args) -> None:
     model = load_model(args.checkpoint)
-    path = find(args.checkpoint)
-    saved = {} if path.is_dir() else load_training(path, mmap=True)
+    path = find_weights(args.checkpoint)
+    saved = {} if path.is_dir() or csm_weights.is_official(path) else load_training(path, mmap=True)
     save_pretrained(model, args.output, int8=args.storage == "int8", **{k: saved[k] for k in ("step", "minutes", "validation") if k in saved})
     print(f"{args.output}: {(Path(args.output) / WEIGHTS).stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import json
 import math
 import pickle
 import re
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from config import ModelConfig, TransformerConfig, model_preset, to_dict
@@ -27,9 +28,10 @@ from layers import rope_frequencies
 from runtime import atomic_write, write_json
 
 FORMATS = ("transformers", "original")
+MIMI = "mimi"                           # stands for a codec fingerprint: these models know no other codec
 CODEC = "codec_model."                  # prefix of Mimi's tensors in the transformers format
 STACKS = {"backbone": "backbone_model", "decoder": "depth_decoder.model"}
-TIED = ("backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight")
+TIED = ("depth_decoder.model.embed_tokens.weight", "backbone_model.embed_tokens.embed_audio_tokens.weight")    # save_pretrained writes the first
 OUTSIDE = {"text_embeddings.weight": "embed_text_tokens.weight", "audio_embeddings.weight": TIED[0],
            "projection.weight": "depth_decoder.model.inputs_embeds_projector.weight", "codebook0_head.weight": "lm_head.weight",
            "audio_head": "depth_decoder.codebooks_head.weight",
@@ -39,6 +41,8 @@ INSIDE = {"attn.q_proj.weight": "self_attn.q_proj.weight", "attn.k_proj.weight":
           "mlp.w1.weight": "mlp.gate_proj.weight", "mlp.w2.weight": "mlp.down_proj.weight", "mlp.w3.weight": "mlp.up_proj.weight",
           "sa_norm.scale": "input_layernorm.weight", "mlp_norm.scale": "post_attention_layernorm.weight"}
 FLAVOURS = {"backbone": "llama-1B", "depth": "llama-100M"}        # what the original calls CSM-1B's two stacks
+SAFE_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+               torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 AUDIO_ID = 128002                       # text id that stands for an audio frame in transformers' input; the next one for the end frame
 
 
@@ -263,7 +267,7 @@ def read(path) -> Official:
         own = {name: value for name, value in tensors.items() if name not in codec}
         cfg = config_from_transformers(config, folder / "config.json")
         return Official(cfg, from_transformers(own, cfg, path), "transformers", config, _json(folder / "generation_config.json"), codec)
-    cfg = config_from_original(config if path.is_dir() else {}, folder / "config.json")
+    cfg = config_from_original(config if "backbone_flavor" in config else {}, folder / "config.json")
     return Official(cfg, from_original(tensors, cfg, path), "original", config)
 
 
@@ -319,7 +323,9 @@ def write(official: Official, folder, layout: str, shard_bytes: int = 5 * 10 ** 
         return _write_shards(folder, to_original(official.tensors, official.cfg), 2 ** 63)
     if layout != "transformers":
         raise ValueError(f"unknown format {layout!r}: use --format {'|'.join(FORMATS)}")
-    write_json(folder / "config.json", config_to_transformers(official.cfg, official.config))
+    config = {"dtype": str(official.tensors["audio_head"].dtype).removeprefix("torch.")} | config_to_transformers(official.cfg, official.config)
+    config.pop("transformers_weights", None)         # the name of files that are not written here
+    write_json(folder / "config.json", config)
     if official.generation:
         write_json(folder / "generation_config.json", official.generation)
     return _write_shards(folder, to_transformers(official.tensors) | official.codec, shard_bytes)
@@ -337,8 +343,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], most: int) -> list[P
     single = len(groups) == 1
     files = [folder / ("model.safetensors" if single else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors") for i in range(len(groups))]
     for file, names in zip(files, groups):
-        # a writable name is all save_file takes, so the atomic file is opened only to be replaced by it
-        atomic_write(file, lambda out, names=names: _save({name: tensors[name].contiguous() for name in names}, out.name))
+        write_tensors(file, {name: tensors[name] for name in names})
     stale = [f for f in folder.glob("model*.safetensors") if f not in files] + ([folder / "model.safetensors.index.json"] if single else [])
     for file in stale:
         file.unlink(missing_ok=True)
@@ -348,16 +353,29 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], most: int) -> list[P
     return files
 
 
-def _save(tensors: dict[str, Tensor], path: str) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path, tensors: dict[str, Tensor]) -> Path:
+    """One safetensors file, atomically and tensor by tensor: no second copy of 6 GB in memory."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))      # every tensor begins at a multiple of its item
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        value = tensors[name]
+        header[name] = {"dtype": SAFE_DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [end, end + value.nbytes]}
+        end += value.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def stream(file) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return atomic_write(path, stream)
 
 
 # ----------------------------------------------------------------------------- the hub
 
 def is_hub_name(name) -> bool:
-    """owner/name, with nothing of that kind on this disk."""
-    text = str(name)
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not text.endswith((".pt", ".safetensors")) and not Path(text).parent.exists()
+    """Whether it reads owner/name; the caller knows whether a folder of that name is on the disk."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not str(name).endswith((".pt", ".safetensors"))
 
 
 def fetch(name: str) -> Path:
