@@ -305,14 +305,29 @@ class CodecTrainConfig:
     noise_probability: float = 0.5    # share of crops whose later codes are exchanged, as a model would mis-sample them
     augment: float = 0.25             # share of crops with a narrower band, and again with noise
     ema: float = 0.995                # codebook decay
-    precision: str = "bf16"
-    eval_every: int = 1000
+    adversarial: float = 0.0          # weight of what the discriminators say; 0: there are none
+    adversarial_start: int = 0        # step from which they learn; their weight grows from 0 over the next 500 steps
+    adversarial_seconds: float = 0.48  # part of each crop that they see
+    discriminator_lr: float = 2e-4
+    discriminator_width: int = 16
+    discriminator_phase: bool = False  # they see phase too: for a decoder that can shape it, which a source-filter synthesiser cannot
+    predicted_pitch: float = 0.0      # share of crops whose decoder is driven by the pitch it predicts, as when decoding; 0: all by the measured one
+    precision: str = "bf16"           # bf16 | fp32
+    eval_every: int = 1000            # held-out losses, use of the codebooks, samples; 0: only at the end
     save_every: int = 500
     log_every: int = 20
     seed: int = 1234
     device: str = "auto"
     wandb: str = "offline"
-    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25})
+    # adversarial and features are multiplied by `adversarial` besides
+    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25, "adversarial": 1.0, "features": 2.0})
+
+    def __post_init__(self):
+        _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
+        _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
+        _require(self.adversarial >= 0, f"adversarial {self.adversarial} must be at least 0: change --adversarial")
+        _require(self.adversarial_seconds >= 0.1, f"adversarial_seconds {self.adversarial_seconds} must be at least 0.1: change --adversarial_seconds")
+        _require(0 <= self.predicted_pitch <= 1, f"predicted_pitch {self.predicted_pitch} must be in [0, 1]: change --predicted_pitch")
 
 
 # ----------------------------------------------------------------------------- JSON and CLI

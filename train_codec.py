@@ -1,22 +1,25 @@
-"""Train the speech codec: reconstruction, phone supervision of the semantic codebooks, pitch. One file, any size.
+"""Train the speech codec: reconstruction, phone supervision of the semantic codebooks, pitch, discriminators. One file, any size.
 
     python train_codec.py --data data/synthetic --minutes 40
     python train_codec.py --resume checkpoints/codec/last.pt
-    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --output checkpoints/decoder
+    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 0.2 --predicted_pitch 0.3 --lr 3e-4 --output checkpoints/decoder
     python train_codec.py --export pretrained/codec --resume checkpoints/codec/last.pt
 
 The data folder is one that collect_data.py wrote (audio per turn, phone times). Pitch is measured with WORLD.
 The excitation is driven by the measured pitch during training, so the envelopes learn from aligned harmonics;
 the pitch output itself is trained on the measured pitch directly.
+--adversarial adds discriminators (discriminators.py); with --decoder_only codes, tokens and models stay valid.
 """
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,6 +29,7 @@ from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 GRID = 240                      # samples between label points: 10 ms
 TRUNCATIONS = (1, 1, 1, 2, 2, 2, 2, 3, 4, 6, 8, 10, 12, 16, 16, 16, 16, 24)
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
+ADVERSARIAL_RAMP = 500          # steps over which the discriminators' weight grows
 SURE_LEVELS = 2                 # codebooks from here on may be mis-sampled in training: the words must not need them
 UNKNOWN = 255                   # phone label where nobody knows the phone
 RECORDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
@@ -243,11 +247,11 @@ def quantise(codec, x, cfg: CodecTrainConfig, generator):
         before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
         commit = commit + ((z[None] - before - vectors) ** 2).mean()
         sides.append((quantizer, z, codes, sums))
-        keep = (torch.arange(offset, offset + quantizer.levels)[:, None] < count[None]).to(z.dtype)[..., None, None]
+        keep = (torch.arange(offset, offset + quantizer.levels)[:, None] < count[None]).to(z.device, z.dtype)[..., None, None]
         sure = SURE_LEVELS if offset == 0 else 1
         heard = (missample(vectors, sure, cfg.noise_probability, generator) * keep).sum(0)
         words = heard if words is None else words
-        there = (count > offset).to(z.dtype)[:, None, None]
+        there = (count > offset).to(z.device, z.dtype)[:, None, None]
         decoder_in = decoder_in + back(z + (heard - z).detach()) * there
     return decoder_in, commit, sides, words
 
@@ -272,10 +276,23 @@ def missample(vectors, sure: int, probability: float, generator):
     rate = torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < probability)
     may = torch.arange(L)[:, None] >= first[None]
     where = (torch.rand((L, B, T), generator=generator) < rate[None, :, None]) & may[..., None]
-    return torch.where(where[..., None], vectors.roll(1, 1), vectors)
+    return torch.where(where[..., None].to(vectors.device), vectors.roll(1, 1), vectors)
 
 
-def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generator, quantised: bool):
+def driving_pitch(predicted, measured, share: float, generator):
+    """f0 (B, J) Hz that the synthesiser plays: the measured one, in a share of the crops the predicted one.
+
+    Those crops sound as they will when decoding; their pulses drift away from the recording's, so that only magnitudes
+    and the discriminators judge them. No gradient: through the phase of a pulse train it would be noise.
+    """
+    import torch
+    if not share:
+        return measured
+    own = (torch.rand(len(measured), 1, generator=generator) < share).to(measured.device)
+    return torch.where(own, predicted.detach(), measured)
+
+
+def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generator, quantised: bool, adversary=None):
     """-> dict of losses (names as in cfg.loss_weights), tensors for the codebook update, metrics."""
     import torch
     import torch.nn.functional as F
@@ -303,65 +320,128 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     known = (true_f0 > 0).float()
     losses["f0"] = 4 * ((f0.log() - true_f0.abs().log()).abs() * known).sum() / known.sum().clamp_min(1)
     state = {"tail": audio.new_zeros(B, codec.cfg.synth_fft - codec.cfg.synth_hop), "phase": None,
-             "hop": torch.randint(0, 200, (B,), generator=generator)}
-    fake, _ = codec.synth(harmonic, noise, true_f0.abs(), state)
-    losses["mel"], losses["stft"] = spectral(fake, audio)
+             "hop": torch.randint(0, 200, (B,), generator=generator).to(audio.device)}
+    with torch.autocast(audio.device.type, enabled=False):                              # envelopes and spectra in full precision
+        fake, _ = codec.synth(harmonic, noise, driving_pitch(f0, true_f0.abs(), cfg.predicted_pitch, generator), state)
+        losses["mel"], losses["stft"] = spectral(fake, audio)
     accuracy = [(p.argmax(-1) == target).sum() / labels for p in logits.chunk(len(partial))]
-    return losses, sides, {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if quantised else ("z",), accuracy)}
+    metrics = {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if quantised else ("z",), accuracy)}
+    if adversary is not None:
+        said, seen = adversary.judge(fake, audio, generator)
+        losses, metrics = losses | said, metrics | seen
+    return losses, sides, metrics
 
 
 # ----------------------------------------------------------------------------- loop
 
-def start_codebooks(codec, data, cfg, rng) -> None:
+class Run:
+    """One training run: what a step changes, and what an exact resume needs."""
+
+    def __init__(self, cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.0):
+        import numpy as np
+        import torch
+
+        import runtime
+        from discriminators import Adversary
+        from rvq_tokenizer import Codec
+        torch.manual_seed(cfg.seed)
+        self.cfg, self.output, self.device = cfg, Path(cfg.output), runtime.pick_device(cfg.device)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment)
+        self.codec = Codec(codec_cfg).to(self.device)
+        self.reader, self.spectral = (module.to(self.device) for module in make_trainer_modules(codec_cfg))
+        self.parameters = trained_parameters(self.codec, self.reader, cfg.decoder_only)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
+        self.adversary = Adversary(cfg.discriminator_width, cfg.discriminator_phase, cfg.adversarial_seconds, codec_cfg.sample_rate, self.device) if cfg.adversarial else None
+        self.rng, self.generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+        self.step, self.minutes, self.started, self.interrupted = 0, 0.0, False, False      # started: the codebooks are in use
+        if cfg.resume or cfg.init_from:
+            load_state(cfg.resume or cfg.init_from, self, weights_only=not cfg.resume)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, by steps or by time."""
+        return max(self.step / self.cfg.max_steps, self.minutes / self.cfg.minutes if self.cfg.minutes else 0.0)
+
+    @property
+    def schedule(self) -> float:
+        """Factor of both learning rates: linear warm-up, then half a cosine."""
+        cfg = self.cfg
+        return min(1.0, (self.step + 1) / cfg.warmup_steps) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress))))
+
+    @property
+    def adversarial_weight(self) -> float:
+        """Grows from 0: discriminators that know nothing yet have nothing to say."""
+        return self.cfg.adversarial * min(1.0, max(0, self.step - self.cfg.adversarial_start) / ADVERSARIAL_RAMP)
+
+    def batch(self) -> tuple:
+        return tuple(t.to(self.device) for t in self.data.batch(self.rng, self.cfg.batch, int(self.cfg.seconds * self.codec.cfg.sample_rate)))
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+
+def start_codebooks(run: Run) -> None:
     """k-means over latents of the warmed-up encoder."""
     import torch
+    codec, cfg = run.codec, run.cfg
     codec.eval()
     zs, za = [], []
     with torch.no_grad():
         for _ in range(max(4, 12000 // (cfg.batch * 24))):
-            audio, _, _ = data.batch(rng, cfg.batch, int(cfg.seconds * 24000))
-            x, _ = codec.latents(audio)
+            x, _ = codec.latents(run.batch()[0])
             zs.append(codec.semantic_in(x).reshape(-1, codec.cfg.semantic_dim))
             za.append(codec.acoustic_in(x).reshape(-1, codec.cfg.acoustic_dim))
         codec.semantic.kmeans(torch.cat(zs))
         codec.acoustic.kmeans(torch.cat(za))
     codec.train()
+    run.started = True
 
 
-def save_state(path: Path, codec, reader, optimizer, step: int, minutes: float, started: bool, rng, generator, cfg) -> None:
+def save_state(path: Path, run: Run) -> None:
     import dataclasses
 
     import torch
 
     import runtime
+    codec = run.codec
     buffers = {f"{n}.{b}": getattr(getattr(codec, n), b) for n in ("semantic", "acoustic") for b in ("usage", "sums")}
     state = {"kind": "codec", "format": 1, "config": dataclasses.asdict(codec.cfg), "codec": codec.state_dict(), "ema": buffers,
-             "reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": minutes, "started": started,
-             "rng": json.dumps(rng.bit_generator.state), "generator": generator.get_state(), "torch": torch.get_rng_state(), "train": dataclasses.asdict(cfg)}
+             "reader": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(), "adversary": run.adversary.state_dict() if run.adversary else None,
+             "step": run.step, "minutes": run.minutes, "started": run.started, "rng": json.dumps(run.rng.bit_generator.state), "generator": run.generator.get_state(),
+             "torch": torch.get_rng_state(), "cuda": runtime.rng_state()["cuda"], "train": dataclasses.asdict(run.cfg)}
     runtime.atomic_write(path, lambda file: torch.save(state, file))
 
 
-def load_state(path, codec, reader, optimizer, rng, generator) -> tuple[int, float, bool]:
+def load_state(path, run: Run, weights_only: bool) -> None:
+    """A training checkpoint into `run`: all of it, or codec, reader and codebooks only."""
     import torch
+
+    import runtime
+    flag = "--init_from" if weights_only else "--resume"
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"no checkpoint {path}: check --resume") from None
+        raise ValueError(f"no checkpoint {path}: check {flag}") from None
     except Exception as error:
-        raise ValueError(f"{path} is not a codec checkpoint ({type(error).__name__}): check --resume") from None
+        raise ValueError(f"{path} is not a codec checkpoint ({type(error).__name__}): check {flag}") from None
     if state.get("kind") != "codec" or state.get("format") != 1:
-        raise ValueError(f"{path} is not a codec checkpoint of format 1: check --resume")
-    codec.load_state_dict(state["codec"])
-    reader.load_state_dict(state["reader"])
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        raise ValueError(f"{path} is not a codec checkpoint of format 1: check {flag}")
+    run.codec.load_state_dict(state["codec"])
+    run.reader.load_state_dict(state["reader"])
     for name, value in state["ema"].items():
         module, buffer = name.split(".")
-        getattr(getattr(codec, module), buffer).copy_(value)
-    rng.bit_generator.state = json.loads(state["rng"])
-    generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch"])
-    return state["step"], state["minutes"], state["started"]
+        getattr(getattr(run.codec, module), buffer).copy_(value)
+    run.started = state["started"]
+    if weights_only:
+        return
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.adversary is not None and state.get("adversary"):
+        run.adversary.load_state_dict(state["adversary"])
+    run.step, run.minutes = state["step"], state["minutes"]
+    run.rng.bit_generator.state = json.loads(state["rng"])
+    run.generator.set_state(state["generator"])
+    runtime.set_rng_state({"cpu": state["torch"], "cuda": state.get("cuda", [])})
 
 
 def trained_parameters(codec, reader, decoder_only: bool) -> list:
@@ -374,73 +454,76 @@ def trained_parameters(codec, reader, decoder_only: bool) -> list:
     return [p for p in codec.parameters() if p.requires_grad]
 
 
-def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float) -> int:
-    import numpy as np
-    import torch
+def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.0) -> int:
     from tqdm import tqdm
 
     import runtime
-    from rvq_tokenizer import Codec
-    torch.manual_seed(cfg.seed)
-    output = Path(cfg.output)
-    output.mkdir(parents=True, exist_ok=True)
-    data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment)
-    codec, (reader, spectral) = Codec(codec_cfg), make_trainer_modules(codec_cfg)
-    parameters = trained_parameters(codec, reader, cfg.decoder_only)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
-    rng, generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
-    step, elapsed, started = 0, 0.0, False
-    if cfg.resume or cfg.init_from:
-        step, elapsed, started = load_state(cfg.resume or cfg.init_from, codec, reader, optimizer if cfg.resume else None, rng, generator)
-    if not cfg.resume:
-        step, elapsed = 0, 0.0
-    print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters, {data.hours:.2f} h of speech, from step {step}")
-    begin, log = time.time(), (output / "metrics.jsonl").open("a")
-    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", mininterval=10)
-    warm = min(300, cfg.max_steps // 10)
-    while step < cfg.max_steps and (not cfg.minutes or elapsed < cfg.minutes):
-        if step >= warm and not started:
-            start_codebooks(codec, data, cfg, rng)
-            started = True
-        done = max(step / cfg.max_steps, elapsed / cfg.minutes if cfg.minutes else 0.0)
-        lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses, sides, metrics, norm = train_step(codec, reader, spectral, data, optimizer, parameters, rng, generator, cfg, started)
-        step += 1
-        elapsed += (time.time() - begin) / 60
-        begin = time.time()
+    run = Run(cfg, codec_cfg, limit_hours)
+    sizes = f"{sum(p.numel() for p in run.codec.parameters()) / 1e6:.1f} M parameters" + (
+        f", discriminators {sum(p.numel() for p in run.adversary.nets.parameters()) / 1e6:.1f} M" if run.adversary else "")
+    print(f"codec: {sizes}, {run.data.hours:.2f} h of speech, from step {run.step}")
+    stop_on_signals(run)
+    clock, first, warm = time.monotonic(), run.step, min(300, cfg.max_steps // 10)
+    log = (run.output / "metrics.jsonl").open("a")
+    bar = tqdm(total=cfg.max_steps if not cfg.minutes else None, initial=run.step, unit="step", mininterval=10)
+    while run.progress < 1 and not run.interrupted:
+        if run.step >= warm and not run.started:
+            start_codebooks(run)
+        values = train_step(run)
         bar.update(1)
-        if step % cfg.log_every == 0:
-            row = {"step": step, "minutes": round(elapsed, 2), "lr": lr, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in {**losses, **metrics}.items()}
+        now = time.monotonic()
+        run.minutes, clock = run.minutes + (now - clock) / 60, now
+        if run.due(cfg.log_every):
+            row = {"step": run.step, "minutes": round(run.minutes, 2)} | values()
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("mel", "phones", "f0") if k in row}, refresh=False)
-        if step % cfg.save_every == 0:
-            save_state(output / "last.pt", codec, reader, optimizer, step, elapsed, started, rng, generator, cfg)
-    save_state(output / "last.pt", codec, reader, optimizer, step, elapsed, started, rng, generator, cfg)
-    runtime.atomic_write(output / "run.json", json.dumps(runtime.run_manifest() | {"steps": step, "minutes": elapsed, "hours": data.hours}, indent=2).encode())
-    print(f"saved {output / 'last.pt'} at step {step}")
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("mel", "phones", "f0", "adversarial") if k in row}, refresh=False)
+        if run.due(cfg.save_every) and run.progress < 1:
+            save_state(run.output / "last.pt", run)
+    if run.step > first or not (run.output / "last.pt").exists():
+        save_state(run.output / "last.pt", run)
+    bar.close()
+    runtime.write_json(run.output / "run.json", runtime.run_manifest() | {"steps": run.step, "minutes": run.minutes, "hours": run.data.hours})
+    print(f"saved {run.output / 'last.pt'} at step {run.step}" + ("; go on with --resume" if run.interrupted else ""))
     return 0
 
 
-def train_step(codec, reader, spectral, data, optimizer, parameters, rng, generator, cfg, started):
-    """One update of weights and codebooks; stops on a loss that is not finite."""
+def stop_on_signals(run: Run) -> None:
+    """The first Ctrl-C (or SIGTERM) finishes the step and saves; the second one kills."""
+    def ask(number, frame):
+        if run.interrupted:
+            raise KeyboardInterrupt
+        run.interrupted = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):       # not in the main thread
+            signal.signal(number, ask)
+
+
+def train_step(run: Run):
+    """One update of weights, codebooks and discriminators -> a function that gives the numbers to log. Stops on a loss that is not finite."""
     import torch
-    batch = data.batch(rng, cfg.batch, int(cfg.seconds * codec.cfg.sample_rate))
-    with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
-        losses, sides, metrics = codec_losses(codec, reader, spectral, batch, cfg, generator, started)
-    total = sum(cfg.loss_weights[name] * value for name, value in losses.items())
+    cfg, batch = run.cfg, run.batch()
+    rate = run.schedule
+    for group in run.optimizer.param_groups:
+        group["lr"] = cfg.lr * rate
+    adversary = run.adversary if run.step >= cfg.adversarial_start else None
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.started, adversary)
+    weights = cfg.loss_weights | {name: cfg.loss_weights[name] * run.adversarial_weight for name in ("adversarial", "features")}
+    total = sum(weights[name] * value for name, value in losses.items())
     if not torch.isfinite(total):
-        raise ValueError(f"the loss is not finite ({ {k: float(v) for k, v in losses.items()} }): lower --lr or resume from an earlier checkpoint")
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-    optimizer.step()
-    if started and not cfg.decoder_only:
+        raise ValueError(f"the loss is not finite ({ {k: float(v.detach()) for k, v in losses.items()} }): lower --lr or resume from an earlier checkpoint")
+    run.optimizer.zero_grad(set_to_none=True)
+    total.backward(inputs=run.parameters)                            # not the discriminators': theirs wait in the adversary
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, cfg.grad_clip)
+    run.optimizer.step()
+    if adversary is not None:
+        adversary.update(cfg.discriminator_lr * rate)
+    if run.started and not cfg.decoder_only:
         for quantizer, z, codes, _ in sides:
             quantizer.update(z.detach(), codes, cfg.ema)
-    return losses, sides, metrics, norm
+    run.step += 1
+    return lambda: {"lr": cfg.lr * rate, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in (losses | metrics).items()}
 
 
 def export(resume: str, folder: str) -> int:
@@ -450,7 +533,7 @@ def export(resume: str, folder: str) -> int:
     from checkpoint import save_codec
     from config import from_dict
     from rvq_tokenizer import Codec
-    state = torch.load(resume, weights_only=True)
+    state = torch.load(resume, map_location="cpu", weights_only=True)
     codec = Codec(from_dict(CodecConfig, state["config"]))
     codec.load_state_dict(state["codec"])
     save_codec(codec.eval(), folder)

@@ -2,6 +2,7 @@
 import dataclasses
 import gzip
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -146,44 +147,94 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_training_learns_and_resumes_exactly(data, monkeypatch):
-    cfg = CodecTrainConfig(data=str(data), output=str(data / "out"), max_steps=24, batch=2, seconds=0.48, warmup_steps=1, save_every=12, log_every=1)
-    assert train_codec.train(cfg, TINY, 0.0) == 0
+def settings(data, name, **changes):
+    return CodecTrainConfig(**{"data": str(data), "output": str(data / name), "max_steps": 12, "batch": 2, "seconds": 0.48, "warmup_steps": 1, "wandb": "disabled",
+                               "discriminator_width": 4} | changes)
+
+
+def saved(data, name):
+    return torch.load(data / name / "last.pt", weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Equal in every tensor and number."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("changes", [{}, {"adversarial": 0.5, "adversarial_start": 4, "predicted_pitch": 0.5}], ids=["plain", "adversarial"])
+def test_training_learns_and_resumes_exactly(data, monkeypatch, changes):
+    cfg = settings(data, "out", max_steps=24, save_every=12, log_every=1, **changes)
+    assert train_codec.train(cfg, TINY) == 0
     rows = [json.loads(line) for line in (data / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "mel" in row]
     assert rows[-1]["mel"] < rows[0]["mel"] and rows[-1]["phones"] < rows[0]["phones"]
-    whole = torch.load(data / "out" / "last.pt", weights_only=True)["codec"]
-    stop = dataclasses.replace(cfg, output=str(data / "again"))
-    save = train_codec.save_state
+    assert [row["step"] for row in rows if "told_apart" in row] == (list(range(5, 25)) if changes else [])
+    whole, save = saved(data, "out"), train_codec.save_state
 
     class Killed(Exception):
         pass
 
-    def save_then_die(path, codec, reader, optimizer, step, *rest):
-        save(path, codec, reader, optimizer, step, *rest)
-        if step == 12:
+    def save_then_die(path, run):
+        save(path, run)
+        if run.step == 12:
             raise Killed
     monkeypatch.setattr(train_codec, "save_state", save_then_die)
+    again = dataclasses.replace(cfg, output=str(data / "again"))
     with pytest.raises(Killed):
-        train_codec.train(stop, TINY, 0.0)
+        train_codec.train(again, TINY)
     monkeypatch.setattr(train_codec, "save_state", save)
-    train_codec.train(dataclasses.replace(stop, resume=str(data / "again" / "last.pt")), TINY, 0.0)
-    resumed = torch.load(data / "again" / "last.pt", weights_only=True)["codec"]
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    train_codec.train(dataclasses.replace(again, resume=str(data / "again" / "last.pt")), TINY)
+    resumed = saved(data, "again")
+    assert (resumed["adversary"] is not None) == bool(changes)
+    assert all(same(whole[k], resumed[k]) for k in ("codec", "ema", "reader", "optimizer", "adversary", "step", "generator", "rng"))
 
 
 def test_decoder_only_leaves_the_codes(data):
-    cfg = CodecTrainConfig(data=str(data), output=str(data / "a"), max_steps=12, batch=2, seconds=0.48, warmup_steps=1)
-    train_codec.train(cfg, TINY, 0.0)
-    more = dataclasses.replace(cfg, output=str(data / "b"), init_from=str(data / "a" / "last.pt"), decoder_only=True)
-    train_codec.train(more, TINY, 0.0)
+    train_codec.train(settings(data, "a"), TINY)
+    for name, adversarial in (("b", 0.0), ("c", 1.0)):
+        more = settings(data, name, init_from=str(data / "a" / "last.pt"), decoder_only=True, adversarial=adversarial)
+        train_codec.train(more, TINY)
     codecs = []
-    for run in "ab":
+    for name in "abc":
         codecs.append(Codec(TINY).eval())
-        codecs[-1].load_state_dict(torch.load(data / run / "last.pt", weights_only=True)["codec"])
+        codecs[-1].load_state_dict(saved(data, name)["codec"])
     audio = noise(9600)
     codes = codecs[0].encode(audio)
-    assert codecs[1].encode(audio).equal(codes)
-    assert not torch.equal(codecs[0].decode(codes), codecs[1].decode(codes))
+    sounds = [codec.decode(codes) for codec in codecs]
+    assert codecs[1].encode(audio).equal(codes) and codecs[2].encode(audio).equal(codes)
+    assert not torch.equal(sounds[0], sounds[1]) and not torch.equal(sounds[1], sounds[2]), "the discriminators must move the decoder"
+
+
+def test_ctrl_c_finishes_the_step_and_saves(data, monkeypatch):
+    step = train_codec.train_step
+
+    def interrupt(run):
+        if run.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+    monkeypatch.setattr(train_codec, "train_step", interrupt)
+    train_codec.train(settings(data, "a"), TINY)
+    assert saved(data, "a")["step"] == 5
+
+
+def test_a_share_of_crops_is_driven_by_the_predicted_pitch():
+    generator = torch.Generator().manual_seed(0)
+    predicted, measured = torch.full((200, 3), 1.0, requires_grad=True), torch.full((200, 3), 2.0)
+    assert train_codec.driving_pitch(predicted, measured, 0.0, generator) is measured
+    mixed = train_codec.driving_pitch(predicted, measured, 0.3, generator)
+    assert not mixed.requires_grad and (mixed == mixed[:, :1]).all() and 30 < (mixed[:, 0] == 1).sum() < 90
+
+
+def test_the_discriminators_weight_grows_from_nothing(data):
+    run = train_codec.Run(settings(data, "a", adversarial=0.5, adversarial_start=100), TINY)
+    weights = []
+    for run.step in (0, 100, 350, 600, 5000):
+        weights.append(run.adversarial_weight)
+    assert weights == [0, 0, 0.25, 0.5, 0.5]
 
 
 def test_missing_data_names_the_command(capsys):
