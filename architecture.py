@@ -112,6 +112,53 @@ def describe(cfg: ModelConfig, batch: FrameBatch, before: Positions | None) -> P
     return Positions(valid, voice, batch.frames[..., -1] * ~voice, batch.turn, batch.text_index, order.clamp(min=0))
 
 
+def check_codes(cfg: ModelConfig, codes: Tensor) -> None:
+    """codes (..., K) of whole frames. ValueError for another number of codebooks, no integers, or a code out of range."""
+    K, V = cfg.num_codebooks, cfg.audio_vocab
+    if codes.shape[-1] != K:
+        raise ValueError(f"codes of {codes.shape[-1]} codebooks for a model of {K}: change --num_codebooks, or tokenise with the codec of this model")
+    if codes.dtype != torch.long:
+        raise ValueError(f"codes are {codes.dtype}, not torch.int64: convert them with .long()")
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= V):
+        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} are not all in 0..{V - 1}: use the --codec this model was made with, or change --audio_vocab")
+
+
+def check_batch(cfg: ModelConfig, batch: FrameBatch, weight: Tensor) -> None:
+    """ValueError for what would be read as something else, or fail deep inside: shapes, dtypes, devices, ids out of range."""
+    K, frames, mask = cfg.num_codebooks, batch.frames, batch.mask
+    if frames.dim() != 3 or frames.shape[-1] != K + 1:
+        raise ValueError(f"frames have shape {tuple(frames.shape)}, this model takes (rows, positions, {K} codebooks + 1 text column): "
+                         "change --num_codebooks, or tokenise for this model")
+    if mask.shape != frames.shape or any(getattr(batch, n).shape != frames.shape[:2] for n in ("turn", "text_index", "reading")):
+        raise ValueError(f"frames have shape {tuple(frames.shape)}, but mask {tuple(mask.shape)}, turn {tuple(batch.turn.shape)}, "
+                         f"text_index {tuple(batch.text_index.shape)}, reading {tuple(batch.reading.shape)}: they must describe the same positions")
+    if frames.dtype != torch.long or mask.dtype != torch.bool:
+        raise ValueError(f"frames are {frames.dtype} and mask is {mask.dtype}, not torch.int64 and torch.bool: convert them with .long() and .bool()")
+    devices = {str(t.device) for t in (frames, mask, batch.turn, batch.text_index, batch.reading, weight)}
+    if len(devices) > 1:
+        raise ValueError(f"the batch is on {frames.device} and the model on {weight.device} (seen: {', '.join(sorted(devices))}): "
+                         "move the batch with .to(device), or change --device")
+    limit = frames.new_full((K + 1,), cfg.audio_vocab)
+    limit[K] = cfg.text_vocab
+    bad = ((frames < 0) | (frames >= limit)) & mask
+    if bool(bad.any()):
+        row, position, column = bad.nonzero()[0].tolist()
+        what, fix = (f"code of codebook {column}", "use the --codec this model was made with, or change --audio_vocab") if column < K else \
+                    ("text id", "use the --tokenizer this model was made with, or change --text_vocab")
+        raise ValueError(f"{what} is {int(frames[row, position, column])} at row {row}, position {position}, not in 0..{int(limit[column]) - 1}: {fix}")
+
+
+def check_state(state: "DecodeState", batch: FrameBatch, weight: Tensor) -> None:
+    """ValueError where a state does not belong to this batch and these weights."""
+    if state.batch != batch.B:
+        raise ValueError(f"the state is for {state.batch} conversations, the batch has {batch.B} rows: make it with new_state(batch_size={batch.B})")
+    kept = state.caches[0].k
+    mixed = kept.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type)
+    if mixed or kept.device != weight.device:
+        raise ValueError(f"the state is {kept.dtype} on {kept.device}, the model {weight.dtype} on {weight.device}: "
+                         "make the state after the model was moved, or change --device or --precision")
+
+
 def attention_mask(seen: Positions, start: int, wide: Tensor | None, window: int) -> Tensor:
     """Additive (B, 1, S, N): causal; text positions see `window` positions unless `wide` (B, N). No row is empty."""
     order, S = seen.order, seen.order.shape[1] - start
@@ -242,8 +289,11 @@ class CSM(nn.Module):
         if len(text):
             x = x.index_add(0, text, self.text_embeddings(frames[text, -1]))
         if len(voice):
-            codes = frames[voice, :-1] + torch.arange(K, device=frames.device) * V
-            weights = None if mask[voice, :-1].all() else mask[voice, :-1].to(x.dtype)
+            codes, weights = frames[voice, :-1], None
+            if not mask[voice, :-1].all():                                     # what is masked may hold anything
+                weights = mask[voice, :-1].to(x.dtype)
+                codes = codes * mask[voice, :-1]
+            codes = codes + torch.arange(K, device=frames.device) * V
             x = x.index_add(0, voice, F.embedding_bag(codes, self.audio_embeddings.weight, mode="sum", per_sample_weights=weights))
         return x
 
@@ -251,7 +301,8 @@ class CSM(nn.Module):
         """-> hidden states (B, S, D) after the final norm.
 
         With `state` the batch holds only the new positions and all caches grow by S. `memory`: slots to read;
-        given with a state they replace the state's. Raises ValueError when the window is full.
+        given with a state they replace the state's. Raises ValueError when the window is full and for a batch or
+        state that does not fit the model (check_batch, check_state).
         """
         return self._encode(batch, state, memory)[0]
 
@@ -290,6 +341,9 @@ class CSM(nn.Module):
 
     def _plan(self, batch: FrameBatch, state: DecodeState | None, memory: Slots | None) -> Plan:
         cfg, start = self.cfg, state.length if state else 0
+        check_batch(cfg, batch, self.text_embeddings.weight)
+        if state is not None:
+            check_state(state, batch, self.text_embeddings.weight)
         limit = state.limit if state else cfg.backbone.max_positions
         if start + batch.S > limit:
             raise ValueError(f"{start + batch.S} positions do not fit into {limit}: raise --backbone.max_positions or lower --memory.window_turns")
@@ -376,7 +430,8 @@ class CSM(nn.Module):
         return self.decoder.norm(x[:, 1:].transpose(0, 1))
 
     def depth_logits(self, h: Tensor, codes: Tensor) -> Tensor:
-        """Teacher forced: h (M, D) of the position before the frame, codes (M, K) -> (M, K - 1, V)."""
+        """Teacher forced: h (M, D) of the position before the frame, codes (M, K) -> (M, K - 1, V). ValueError: see check_codes."""
+        check_codes(self.cfg, codes)
         return torch.bmm(self._depth_hidden(h, codes), self.audio_head).transpose(0, 1)
 
     @torch.no_grad()
@@ -442,9 +497,16 @@ class CSM(nn.Module):
         state.slots = new if old is None else Slots(*(torch.cat([getattr(old, f.name), getattr(new, f.name)], 1) for f in fields(Slots)))
 
     def new_state(self, batch_size: int = 1, max_positions: int | None = None, device=None, dtype=None) -> DecodeState:
-        """An empty state for `batch_size` conversations in lockstep (padding where one has nothing to add)."""
-        weight = self.text_embeddings.weight
-        return DecodeState(self.cfg, batch_size, max_positions or self.cfg.backbone.max_positions, device or weight.device, dtype or weight.dtype)
+        """An empty state for `batch_size` conversations in lockstep (padding where one has nothing to add).
+
+        max_positions: room for less than the model's own window; more than that there never is. ValueError for weights of several kinds.
+        """
+        weight, longest = self.text_embeddings.weight, self.cfg.backbone.max_positions
+        kinds = {(p.dtype, p.device) for p in self.parameters()}
+        if len(kinds) > 1:
+            raise ValueError(f"the weights are {' and '.join(sorted(f'{d} on {where}' for d, where in kinds))}: "
+                             "bring them together with model.to(device, dtype), or change --device or --precision")
+        return DecodeState(self.cfg, batch_size, min(max_positions or longest, longest), device or weight.device, dtype or weight.dtype)
 
     # ---- losses
 

@@ -200,6 +200,68 @@ def test_a_full_window_is_a_plain_error():
         model(batch_of(model.cfg, [speak(model.cfg, 0, 6, 7)]), state)
 
 
+# ----------------------------------------------------------------------------- bad input
+
+BAD_BATCHES = {
+    "a code too large": (lambda b: b.frames[0, -2, 3:4].fill_(65), "codebook 3 is 65 .* 0..64.*--codec"),
+    "a code below zero": (lambda b: b.frames[0, -2, 0:1].fill_(-1), "codebook 0 is -1"),
+    "a text id too large": (lambda b: b.frames[0, 1, -1:].fill_(320), "text id is 320 .*position 1.* 0..319.*--tokenizer"),
+    "too few codebooks": (lambda b: [setattr(b, n, getattr(b, n)[..., 1:]) for n in ("frames", "mask")], "8 codebooks.*--num_codebooks"),
+    "no integers": (lambda b: setattr(b, "frames", b.frames.float()), "float32"),
+    "no booleans": (lambda b: setattr(b, "mask", b.mask.long()), "int64"),
+    "two lengths": (lambda b: setattr(b, "turn", b.turn[:, 1:]), "same positions"),
+    "another device": (lambda b: setattr(b, "turn", b.turn.to("meta")), "meta.*--device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_a_bad_batch_is_a_plain_error(case):
+    model = build()
+    spoil, words = BAD_BATCHES[case]
+    batch = batch_of(model.cfg, [speak(model.cfg, 0, 4, 5)])
+    model(batch)
+    spoil(batch)
+    for call in (model, model.loss, model.remember):
+        with pytest.raises(ValueError, match=words):
+            call(batch)
+
+
+@torch.no_grad()
+def test_what_is_masked_may_hold_anything():
+    model = build()
+    batch = batch_of(model.cfg, [speak(model.cfg, 0, 4, 5)])
+    batch.mask[0, -2, 3] = False
+    want = model(batch)
+    batch.frames[0, -2, 3], batch.frames[0, -2, -1], batch.frames[0, 0, 0] = -100, 9999, 9999
+    assert torch.equal(model(batch), want)
+
+
+def test_codes_of_another_kind_are_a_plain_error():
+    model = build()
+    h, codes = torch.randn(2, 64), torch.zeros(2, 8, dtype=torch.long)
+    for wrong, words in ((codes[:, :7], "7 codebooks.*--num_codebooks"), (codes + 65, "65..65.*0..64.*--codec"), (codes - 1, "-1"), (codes.float(), "float32")):
+        with pytest.raises(ValueError, match=words):
+            model.depth_logits(h, wrong)
+
+
+def test_a_state_that_does_not_fit_is_a_plain_error():
+    model = build()
+    batch = batch_of(model.cfg, [speak(model.cfg, 0, 4, 5)])
+    for made, words in (({"batch_size": 2}, "2 conversations.*1 rows"), ({"dtype": torch.bfloat16}, "bfloat16.*float32.*--precision"), ({"device": "meta"}, "meta.*--device")):
+        with pytest.raises(ValueError, match=words):
+            model(batch, model.new_state(**made))
+    model.decoder.bfloat16()
+    with pytest.raises(ValueError, match="bfloat16 on cpu and torch.float32 on cpu.*--precision"):
+        model.new_state()
+
+
+def test_no_state_is_longer_than_the_window():
+    model = build()
+    state = model.new_state(max_positions=10 ** 6)
+    with pytest.raises(ValueError, match="513 positions do not fit into 512: raise --backbone.max_positions"):
+        model(batch_of(model.cfg, [[(0, 97, None, i, -1) for i in range(513)]]), state)
+
+
 # ----------------------------------------------------------------------------- additions
 
 
