@@ -10,6 +10,7 @@ Sesame's CSM exactly (CSM_SPEC 3.3-3.6) with its parameter names; RoPE is half-s
 """
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -123,6 +124,11 @@ def check_codes(cfg: ModelConfig, codes: Tensor) -> None:
         raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} are not all in 0..{V - 1}: use the --codec this model was made with, or change --audio_vocab")
 
 
+@functools.lru_cache(maxsize=16)
+def _limits(codebooks: int, audio_vocab: int, text_vocab: int, device) -> Tensor:
+    return torch.tensor([audio_vocab] * codebooks + [text_vocab], device=device)
+
+
 def check_batch(cfg: ModelConfig, batch: FrameBatch, weight: Tensor) -> None:
     """ValueError for what would be read as something else, or fail deep inside: shapes, dtypes, devices, ids out of range."""
     K, frames, mask = cfg.num_codebooks, batch.frames, batch.mask
@@ -134,14 +140,13 @@ def check_batch(cfg: ModelConfig, batch: FrameBatch, weight: Tensor) -> None:
                          f"text_index {tuple(batch.text_index.shape)}, reading {tuple(batch.reading.shape)}: they must describe the same positions")
     if frames.dtype != torch.long or mask.dtype != torch.bool:
         raise ValueError(f"frames are {frames.dtype} and mask is {mask.dtype}, not torch.int64 and torch.bool: convert them with .long() and .bool()")
-    devices = {str(t.device) for t in (frames, mask, batch.turn, batch.text_index, batch.reading, weight)}
+    devices = {t.device for t in (frames, mask, batch.turn, batch.text_index, batch.reading, weight)}
     if len(devices) > 1:
-        raise ValueError(f"the batch is on {frames.device} and the model on {weight.device} (seen: {', '.join(sorted(devices))}): "
+        raise ValueError(f"the batch is on {frames.device} and the model on {weight.device} (seen: {', '.join(sorted(map(str, devices)))}): "
                          "move the batch with .to(device), or change --device")
-    limit = frames.new_full((K + 1,), cfg.audio_vocab)
-    limit[K] = cfg.text_vocab
-    bad = ((frames < 0) | (frames >= limit)) & mask
-    if bool(bad.any()):
+    limit = _limits(K, cfg.audio_vocab, cfg.text_vocab, frames.device)
+    bad = (frames < 0).logical_or_(frames >= limit)
+    if bool(bad.any()) and bool((bad := bad & mask).any()):
         row, position, column = bad.nonzero()[0].tolist()
         what, fix = (f"code of codebook {column}", "use the --codec this model was made with, or change --audio_vocab") if column < K else \
                     ("text id", "use the --tokenizer this model was made with, or change --text_vocab")
