@@ -29,6 +29,9 @@ from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 GRID = 240                      # samples between label points: 10 ms
 TRUNCATIONS = (1, 1, 1, 2, 2, 2, 2, 3, 4, 6, 8, 10, 12, 16, 16, 16, 16, 24)
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
+HELD_OUT_SECONDS = 300          # of validation sound: 3,750 frames
+SAMPLES, SAMPLE_SECONDS = 2, 4  # turns written out to hear and see
+LOSSES = ("mel", "stft", "phones", "f0", "commit", "adversarial", "features", "discriminator")
 ADVERSARIAL_RAMP = 500          # steps over which the discriminators' weight grows
 SURE_LEVELS = 2                 # codebooks from here on may be mis-sampled in training: the words must not need them
 UNKNOWN = 255                   # phone label where nobody knows the phone
@@ -355,6 +358,7 @@ class Run:
         self.adversary = Adversary(cfg.discriminator_width, cfg.discriminator_phase, cfg.adversarial_seconds, codec_cfg.sample_rate, self.device) if cfg.adversarial else None
         self.rng, self.generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
         self.step, self.minutes, self.started, self.interrupted = 0, 0.0, False, False      # started: the codebooks are in use
+        self.listener: CodecData | None = None                                              # held-out data, loaded when first needed
         if cfg.resume or cfg.init_from:
             load_state(cfg.resume or cfg.init_from, self, weights_only=not cfg.resume)
 
@@ -455,6 +459,8 @@ def trained_parameters(codec, reader, decoder_only: bool) -> list:
 
 
 def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.0) -> int:
+    import dataclasses
+
     from tqdm import tqdm
 
     import runtime
@@ -463,9 +469,9 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
         f", discriminators {sum(p.numel() for p in run.adversary.nets.parameters()) / 1e6:.1f} M" if run.adversary else "")
     print(f"codec: {sizes}, {run.data.hours:.2f} h of speech, from step {run.step}")
     stop_on_signals(run)
-    clock, first, warm = time.monotonic(), run.step, min(300, cfg.max_steps // 10)
-    log = (run.output / "metrics.jsonl").open("a")
+    metrics = runtime.MetricsLog(run.output, dataclasses.asdict(cfg) | runtime.run_manifest(), cfg.wandb, run.step + 1 if run.step else 0)
     bar = tqdm(total=cfg.max_steps if not cfg.minutes else None, initial=run.step, unit="step", mininterval=10)
+    clock, first, warm = time.monotonic(), run.step, min(300, cfg.max_steps // 10)
     while run.progress < 1 and not run.interrupted:
         if run.step >= warm and not run.started:
             start_codebooks(run)
@@ -474,15 +480,20 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
         now = time.monotonic()
         run.minutes, clock = run.minutes + (now - clock) / 60, now
         if run.due(cfg.log_every):
-            row = {"step": run.step, "minutes": round(run.minutes, 2)} | values()
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            row = values()
+            metrics.log(run.step, kind="train", minutes=round(run.minutes, 2), **row)
             bar.set_postfix({k: f"{row[k]:.3f}" for k in ("mel", "phones", "f0", "adversarial") if k in row}, refresh=False)
+        if run.due(cfg.eval_every) and run.progress < 1:
+            report(run, metrics)
         if run.due(cfg.save_every) and run.progress < 1:
             save_state(run.output / "last.pt", run)
     if run.step > first or not (run.output / "last.pt").exists():
         save_state(run.output / "last.pt", run)
+    if not run.interrupted:
+        report(run, metrics)
     bar.close()
+    metrics.close()
+    plot_losses(run.output)
     runtime.write_json(run.output / "run.json", runtime.run_manifest() | {"steps": run.step, "minutes": run.minutes, "hours": run.data.hours})
     print(f"saved {run.output / 'last.pt'} at step {run.step}" + ("; go on with --resume" if run.interrupted else ""))
     return 0
@@ -525,6 +536,134 @@ def train_step(run: Run):
     run.step += 1
     return lambda: {"lr": cfg.lr * rate, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in (losses | metrics).items()}
 
+
+# ----------------------------------------------------------------------------- held-out figures, samples, pictures
+
+def held_out(run: Run) -> CodecData:
+    """The validation split; the training data where there is none, which the log then says."""
+    if run.listener is None:
+        path = Path(run.cfg.data) / "manifests" / "validation"
+        run.listener = CodecData(run.cfg.data, "validation", run.codec.cfg.phones, HELD_OUT_SECONDS / 3600) if path.exists() else run.data
+    return run.listener
+
+
+def evaluate(run: Run) -> dict:
+    """Held-out losses with all codebooks and nothing exchanged; entropy and unused codes of every codebook. Draws nothing from the run's own generators."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+
+    from rvq_tokenizer import code_statistics
+    cfg = dataclasses.replace(run.cfg, dropout_probability=0.0, noise_probability=0.0, predicted_pitch=0.0)
+    data, codec, generator = held_out(run), run.codec, torch.Generator().manual_seed(0)
+    batch = data.batch(np.random.default_rng(0), cfg.batch, int(cfg.seconds * codec.cfg.sample_rate))
+    with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        losses, _, metrics = codec_losses(codec, run.reader, run.spectral, tuple(t.to(run.device) for t in batch), cfg, generator, run.started)
+    found = {f"validation_{k}": float(v) for k, v in (losses | metrics).items()} | {"held_out": data is not run.data}
+    if run.started:
+        sound = np.concatenate([turn[0] for turn in data.turns])[:HELD_OUT_SECONDS * codec.cfg.sample_rate].astype(np.float32) / 32767
+        rows = np.array_split(sound, max(1, len(sound) // (10 * codec.cfg.sample_rate)))                       # ten seconds each
+        codes = torch.cat([codec.encode(torch.from_numpy(row).to(run.device).view(1, 1, -1))[0].cpu() for row in rows], 1)
+        use = code_statistics(codes, codec.cfg.codebook_size)
+        found |= {"entropy_mean": float(np.mean(use["entropy"])), "dead_mean": float(np.mean(use["dead"])), "frames": codes.shape[1], **use}
+    return found
+
+
+def report(run: Run, metrics) -> None:
+    """One line of held-out figures, samples to hear and see, the picture of the losses."""
+    from tqdm import tqdm
+    run.codec.eval()
+    found = evaluate(run)
+    metrics.log(run.step, kind="validation", minutes=round(run.minutes, 2), **found)
+    names = ("validation_mel", "validation_phones", "entropy_mean", "dead_mean")
+    tqdm.write(f"step {run.step}: " + "  ".join(f"{name} {found[name]:.3f}" for name in names if name in found) + ("" if found["held_out"] else "  (no validation split: training data)"))
+    if run.started:
+        write_samples(run)
+    plot_losses(run.output)
+    run.codec.train()
+
+
+def write_samples(run: Run) -> None:
+    """Two held-out turns through all, half and the first two codebooks: samples/*.wav and a picture of their spectra."""
+    import numpy as np
+    import torch
+
+    import audio_io
+    codec, folder = run.codec, run.output / "samples"
+    rate, all_of_them = codec.cfg.sample_rate, codec.cfg.num_codebooks
+    turns = sorted(held_out(run).turns, key=lambda turn: len(turn[0]) < 2 * rate)[:SAMPLES]                    # the first two of two seconds or more
+    for number, turn in enumerate(turns, 1):
+        sound = turn[0][:SAMPLE_SECONDS * rate].astype(np.float32) / 32767
+        codes = codec.encode(torch.from_numpy(sound).to(run.device).view(1, 1, -1))
+        made = {"input": sound}
+        for count in dict.fromkeys((all_of_them, max(1, all_of_them // 2), min(2, all_of_them))):
+            made[str(count)] = codec.decode(codes[:, :count])[0, 0, :len(sound)].float().cpu().numpy()
+        for name, audio in made.items():
+            stem = f"{number}_input" if name == "input" else f"step{run.step:07d}_{number}_{name}"
+            audio_io.write_audio(folder / f"{stem}.wav", audio, rate)
+        draw_spectra(folder / f"step{run.step:07d}_{number}.png", {k if k == "input" else f"{k} codebooks": v for k, v in made.items()}, rate)
+
+
+def figure_or_none(rows: int, height: float):
+    """A matplotlib figure and its axes without a screen; None where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
+
+
+def draw_spectra(path: Path, sounds: dict, rate: int) -> None:
+    """Name -> audio (N,), drawn below each other as spectrograms over 80 dB."""
+    import numpy as np
+
+    import runtime
+    drawing = figure_or_none(len(sounds), 1.8 * len(sounds))
+    if drawing is None:
+        return
+    window = np.hanning(960)
+    for axes, (name, audio) in zip(drawing[1], sounds.items()):
+        frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio, 480), 960)[::240] * window             # (T, 960)
+        level = 20 * np.log10(np.abs(np.fft.rfft(frames)) + 1e-3)
+        axes.imshow(level.T, origin="lower", aspect="auto", vmin=-40, vmax=40, extent=(0, len(audio) / rate, 0, rate / 2000), cmap="magma")
+        axes.set(title=name, ylabel="kHz")
+    drawing[1][-1].set(xlabel="s")
+    runtime.atomic_write(path, lambda file: drawing[0].savefig(file, format="png", dpi=80))
+
+
+def plot_losses(folder: Path) -> None:
+    """metrics.jsonl -> loss.png: every loss by name, held-out ones dotted; use of the codebooks below."""
+    import runtime
+    lines = runtime.read_metrics(folder / "metrics.jsonl")
+    drawing = figure_or_none(2, 8)
+    if drawing is None or not lines:
+        return
+    figure, (above, below) = drawing
+
+    def points(key):
+        return zip(*[(m["step"], m[key]) for m in lines if m.get(key) is not None])
+    for name in LOSSES:
+        if any(m.get(name) is not None for m in lines):
+            line, = above.plot(*points(name), label=name, alpha=0.6)
+            if any(m.get(f"validation_{name}") is not None for m in lines):
+                above.plot(*points(f"validation_{name}"), "o:", color=line.get_color())
+    for name, label in (("entropy_mean", "entropy, mean of the codebooks (1 = uniform)"), ("dead_mean", "share of unused codes"), ("told_apart", "told apart by the discriminators")):
+        if any(m.get(name) is not None for m in lines):
+            below.plot(*points(name), label=label, alpha=0.8)
+    above.set(yscale="log", title="Losses, held-out ones dotted")
+    below.set(xlabel="step", ylim=(0, 1.02))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(ncols=2, fontsize=8)
+    runtime.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+# ----------------------------------------------------------------------------- export and main
 
 def export(resume: str, folder: str) -> int:
     """Write the weights of a training checkpoint as a pretrained folder."""

@@ -131,9 +131,10 @@ def test_continuous_pitch_bridges_short_gaps():
     assert out[5] > 0 and out[40] < 0
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     """Four turns of buzzing with two phones each, as collect_data.py would leave them."""
+    tmp_path = tmp_path_factory.mktemp("data")
     rng, rows = np.random.default_rng(0), []
     for i in range(4):
         t = np.arange(24000) / 24000
@@ -147,13 +148,13 @@ def data(tmp_path):
     return tmp_path
 
 
-def settings(data, name, **changes):
-    return CodecTrainConfig(**{"data": str(data), "output": str(data / name), "max_steps": 12, "batch": 2, "seconds": 0.48, "warmup_steps": 1, "wandb": "disabled",
+def settings(data, output, **changes):
+    return CodecTrainConfig(**{"data": str(data), "output": str(output), "max_steps": 12, "batch": 2, "seconds": 0.48, "warmup_steps": 1, "wandb": "disabled",
                                "discriminator_width": 4} | changes)
 
 
-def saved(data, name):
-    return torch.load(data / name / "last.pt", weights_only=True)
+def saved(output):
+    return torch.load(output / "last.pt", weights_only=True)
 
 
 def same(a, b) -> bool:
@@ -166,14 +167,14 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("changes", [{}, {"adversarial": 0.5, "adversarial_start": 4, "predicted_pitch": 0.5}], ids=["plain", "adversarial"])
-def test_training_learns_and_resumes_exactly(data, monkeypatch, changes):
-    cfg = settings(data, "out", max_steps=24, save_every=12, log_every=1, **changes)
+def test_training_learns_and_resumes_exactly(data, tmp_path, monkeypatch, changes):
+    cfg = settings(data, tmp_path / "out", max_steps=24, save_every=12, log_every=1, **changes)
     assert train_codec.train(cfg, TINY) == 0
-    rows = [json.loads(line) for line in (data / "out" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "mel" in row]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
     assert rows[-1]["mel"] < rows[0]["mel"] and rows[-1]["phones"] < rows[0]["phones"]
     assert [row["step"] for row in rows if "told_apart" in row] == (list(range(5, 25)) if changes else [])
-    whole, save = saved(data, "out"), train_codec.save_state
+    whole, save = saved(tmp_path / "out"), train_codec.save_state
 
     class Killed(Exception):
         pass
@@ -183,25 +184,25 @@ def test_training_learns_and_resumes_exactly(data, monkeypatch, changes):
         if run.step == 12:
             raise Killed
     monkeypatch.setattr(train_codec, "save_state", save_then_die)
-    again = dataclasses.replace(cfg, output=str(data / "again"))
+    again = dataclasses.replace(cfg, output=str(tmp_path / "again"))
     with pytest.raises(Killed):
         train_codec.train(again, TINY)
     monkeypatch.setattr(train_codec, "save_state", save)
-    train_codec.train(dataclasses.replace(again, resume=str(data / "again" / "last.pt")), TINY)
-    resumed = saved(data, "again")
+    train_codec.train(dataclasses.replace(again, resume=str(tmp_path / "again" / "last.pt")), TINY)
+    resumed = saved(tmp_path / "again")
     assert (resumed["adversary"] is not None) == bool(changes)
     assert all(same(whole[k], resumed[k]) for k in ("codec", "ema", "reader", "optimizer", "adversary", "step", "generator", "rng"))
 
 
-def test_decoder_only_leaves_the_codes(data):
-    train_codec.train(settings(data, "a"), TINY)
+def test_decoder_only_leaves_the_codes(data, tmp_path):
+    train_codec.train(settings(data, tmp_path / "a"), TINY)
     for name, adversarial in (("b", 0.0), ("c", 1.0)):
-        more = settings(data, name, init_from=str(data / "a" / "last.pt"), decoder_only=True, adversarial=adversarial)
+        more = settings(data, tmp_path / name, init_from=str(tmp_path / "a" / "last.pt"), decoder_only=True, adversarial=adversarial)
         train_codec.train(more, TINY)
     codecs = []
     for name in "abc":
         codecs.append(Codec(TINY).eval())
-        codecs[-1].load_state_dict(saved(data, name)["codec"])
+        codecs[-1].load_state_dict(saved(tmp_path / name)["codec"])
     audio = noise(9600)
     codes = codecs[0].encode(audio)
     sounds = [codec.decode(codes) for codec in codecs]
@@ -209,7 +210,7 @@ def test_decoder_only_leaves_the_codes(data):
     assert not torch.equal(sounds[0], sounds[1]) and not torch.equal(sounds[1], sounds[2]), "the discriminators must move the decoder"
 
 
-def test_ctrl_c_finishes_the_step_and_saves(data, monkeypatch):
+def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch):
     step = train_codec.train_step
 
     def interrupt(run):
@@ -217,8 +218,8 @@ def test_ctrl_c_finishes_the_step_and_saves(data, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return step(run)
     monkeypatch.setattr(train_codec, "train_step", interrupt)
-    train_codec.train(settings(data, "a"), TINY)
-    assert saved(data, "a")["step"] == 5
+    train_codec.train(settings(data, tmp_path / "a"), TINY)
+    assert saved(tmp_path / "a")["step"] == 5
 
 
 def test_a_share_of_crops_is_driven_by_the_predicted_pitch():
@@ -229,12 +230,42 @@ def test_a_share_of_crops_is_driven_by_the_predicted_pitch():
     assert not mixed.requires_grad and (mixed == mixed[:, :1]).all() and 30 < (mixed[:, 0] == 1).sum() < 90
 
 
-def test_the_discriminators_weight_grows_from_nothing(data):
-    run = train_codec.Run(settings(data, "a", adversarial=0.5, adversarial_start=100), TINY)
+def test_the_discriminators_weight_grows_from_nothing(data, tmp_path):
+    run = train_codec.Run(settings(data, tmp_path / "a", adversarial=0.5, adversarial_start=100), TINY)
     weights = []
     for run.step in (0, 100, 350, 600, 5000):
         weights.append(run.adversarial_weight)
     assert weights == [0, 0, 0.25, 0.5, 0.5]
+
+
+def test_the_log_holds_losses_codebooks_samples_and_pictures(data, tmp_path):
+    """Every eval_every steps and at the end; nothing of it changes the training (a run without it ends the same)."""
+    cfg = settings(data, tmp_path / "a", max_steps=6, log_every=2, eval_every=4, adversarial=0.5)
+    train_codec.train(cfg, TINY)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    held = [row for row in rows if row["kind"] == "validation"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6] and [row["step"] for row in held] == [4, 6]
+    assert {"mel", "stft", "phones", "f0", "commit", "adversarial", "features", "discriminator", "grad_norm", "minutes"} <= set(rows[0])
+    for row in held:
+        assert {"validation_mel", "validation_phones", "validation_f0"} <= set(row) and row["held_out"] is False
+        assert len(row["entropy"]) == len(row["dead"]) == 6 and 0 < row["entropy_mean"] < 1 and 0 < row["dead_mean"] < 1 and row["frames"] >= 48
+    names = {path.name for path in (tmp_path / "a" / "samples").iterdir()}
+    assert names >= {"1_input.wav", "2_input.wav"} | {f"step{n:07d}_{i}{x}" for n in (4, 6) for i in (1, 2) for x in ("_6.wav", "_3.wav", "_2.wav", ".png")}
+    sound = soundfile.read(tmp_path / "a" / "samples" / "step0000004_1_6.wav")[0]
+    assert len(sound) == 24000 and np.isfinite(sound).all()
+    assert all((tmp_path / "a" / name).read_bytes()[:4] == b"\x89PNG" for name in ("loss.png", "samples/step0000004_1.png"))
+    train_codec.train(dataclasses.replace(cfg, output=str(tmp_path / "b"), eval_every=0), TINY)
+    assert same(saved(tmp_path / "a")["codec"], saved(tmp_path / "b")["codec"])
+
+
+def test_the_validation_split_is_held_out(data, tmp_path):
+    import shutil
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    shutil.copytree(folder / "manifests" / "train", folder / "manifests" / "validation")
+    run = train_codec.Run(settings(folder, tmp_path / "a"), TINY)
+    found = train_codec.evaluate(run)
+    assert found["held_out"] is True and train_codec.held_out(run) is not run.data and found == train_codec.evaluate(run)
 
 
 def test_missing_data_names_the_command(capsys):
