@@ -10,6 +10,8 @@ folder* (pretrained/nano, pretrained/codec) is model.safetensors + config.json, 
 """
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from config import CodecConfig, ModelConfig, Parser, from_dict, to_dict
+from config import CodecConfig, CrossAttentionConfig, MemoryConfig, ModelConfig, Parser, from_dict, to_dict
 from runtime import ROOT, atomic_write, plain_errors, write_json
 
 
@@ -32,6 +34,7 @@ def build_parser() -> Parser:
     bring.add_argument("path", help="folder in the original or the transformers format, an original file, or a name at the hub (sesame/csm-1b)")
     bring.add_argument("--output", required=True, help="folder to write")
     bring.add_argument("--storage", default="exact", choices=("exact", "bf16", "int8"), help="exact (default) keeps every bit, so that an export gives them back")
+    bring.add_argument("--additions", action="store_true", help="with our cross-attention, memory and text head, untrained and shut: to train from")
     give = commands.add_parser("export_csm", help="a CSM without our additions -> the original or the transformers format")
     give.add_argument("path", help="folder of this project, training file, or official weights in the other format")
     give.add_argument("--output", required=True, help="folder to write")
@@ -340,18 +343,39 @@ def _build(cfg: ModelConfig, state: dict[str, Tensor], where) -> nn.Module:
 
 # ----------------------------------------------------------------------------- official CSM weights
 
-def import_csm(path, folder, storage: str = "exact") -> csm_weights.Official:
+def import_csm(path, folder, storage: str = "exact", additions: bool = False) -> csm_weights.Official:
     """Official weights of either format -> our folder. Mimi, where it came along, lies beside them for an export.
 
-    storage "exact" keeps every bit; "bf16" and "int8" are those of save_pretrained. ValueError for a missing or surplus tensor.
+    storage "exact" keeps every bit; "bf16" and "int8" are those of save_pretrained. additions: see with_additions.
+    ValueError for a missing or surplus tensor.
     """
     official = csm_weights.read(find_weights(path))
+    if additions:
+        larger = with_additions(_build(official.cfg, {n: v.float() for n, v in official.tensors.items()}, path))
+        official = dataclasses.replace(official, cfg=larger.cfg, tensors=larger.state_dict() | official.tensors)
     tensors = official.tensors if storage == "exact" else _pack(official.tensors, storage == "int8")
     if official.codec:
         csm_weights.write_tensors(Path(folder) / MIMI, official.codec)
     _write_folder(folder, tensors, {"kind": "csm", "config": to_dict(official.cfg), "codec_fingerprint": csm_weights.MIMI, "storage": storage,
                                     "official": {"layout": official.layout, "config": official.config, "generation": official.generation}})
     return official
+
+
+def with_additions(model: nn.Module, seed: int = 1234, **switches) -> nn.Module:
+    """A CSM's weights in a model that has our additions, whose gates are shut: the same logits, to the bit, until they are trained.
+
+    switches: cross, memory, text_head of ModelConfig; all on where they are left out. Texts keep the whole window they had in CSM.
+    """
+    cross = CrossAttentionConfig(text_window=model.cfg.backbone.max_positions)
+    cfg = dataclasses.replace(copy.deepcopy(model.cfg), **({"cross": cross, "memory": MemoryConfig(), "text_head": True} | switches))
+    from architecture import CSM
+    larger = CSM(cfg)
+    larger.init_weights(torch.Generator().manual_seed(seed))
+    missing, surplus = larger.load_state_dict(model.state_dict(), strict=False)
+    if surplus or set(missing) & csm_weights.shapes(cfg).keys():
+        raise ValueError(f"the model has {(surplus or missing)[0]}, which a CSM with these additions has not: start from a model without additions")
+    larger.codec_fingerprint = getattr(model, "codec_fingerprint", None)
+    return larger.eval()
 
 
 def export_csm(path, folder, layout: str, shard_bytes: int = 5 * 10 ** 9) -> list[Path]:
@@ -391,7 +415,7 @@ def default_checkpoint() -> Path:
 def main(argv=None) -> int:
     args = parse(argv)
     if args.command == "import_csm":
-        official = import_csm(args.path, args.output, args.storage)
+        official = import_csm(args.path, args.output, args.storage, args.additions)
         count = sum(value.numel() for value in official.tensors.values())
         print(f"{args.output}: {count:,} parameters in {len(official.tensors)} tensors, from the {official.layout} format")
     elif args.command == "export_csm":

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import csm_weights
-from architecture import CSM
-from config import model_preset
+from architecture import CSM, FrameBatch
+from config import CrossAttentionConfig, MemoryConfig, model_preset
 from layers import Rope
 
 transformers = pytest.importorskip("transformers")
@@ -261,6 +261,55 @@ def test_additions_have_no_place_there(tmp_path, capsys):
     checkpoint.save_pretrained(model, tmp_path / "m")
     assert "no place" in refused(capsys, "export_csm", tmp_path / "m", "--format", "original", "--output", tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+# ----------------------------------------------------------------------------- additions on imported weights
+
+def turns(cfg, letters=300, frames=9):
+    """A text longer than the default text window, its audio and end frame, and a second text: (1, S, K + 1) as one FrameBatch."""
+    K, V = cfg.num_codebooks, cfg.audio_vocab
+    text = torch.randint(0, cfg.text_vocab, (letters + 5,))
+    codes = torch.cat([torch.randint(1, V, (frames, K)), torch.zeros(1, K, dtype=torch.long)])
+    order = [*range(letters), *[-1] * (frames + 1), *range(5)]
+    rows = torch.zeros(1, len(order), K + 1, dtype=torch.long)
+    voice = torch.tensor([i < 0 for i in order])
+    rows[0, voice, :K], rows[0, ~voice, K] = codes, text
+    mask = torch.cat([voice[:, None].expand(-1, K), ~voice[:, None]], 1).unsqueeze(0)
+    turn = torch.tensor([[0] * (letters + frames + 1) + [1] * 5])
+    return FrameBatch(rows, mask, turn, torch.tensor([order]), torch.full_like(turn, -1))
+
+
+@torch.no_grad()
+def test_additions_change_no_bit_of_imported_weights(folder, tmp_path):
+    """Whole and in steps, with memory slots to read; once a gate opens the logits move."""
+    official = csm_weights.read(folder)
+    wide = dataclasses.replace(official.cfg, backbone=dataclasses.replace(official.cfg.backbone, max_positions=512))
+    plain = checkpoint._build(wide, official.tensors, folder)
+    full = checkpoint.with_additions(plain, cross=CrossAttentionConfig(every=1, heads=2, width=32, text_window=512), memory=MemoryConfig(every=1, heads=2, width=16))
+    batch = turns(wide)
+    slots = full.remember(turns(wide, 20, 5))
+    batch.turn += 2
+    want = plain.c0_logits(plain(batch))
+    assert torch.equal(full.c0_logits(full(batch, memory=slots)), want)
+    states, parts = (plain.new_state(), full.new_state()), ([], [])
+    for model, state, out in zip((plain, full), states, parts):
+        for start, end in ((0, 300), *((s, s + 1) for s in range(300, 310)), (310, 315)):
+            out.append(model.c0_logits(model(FrameBatch(*(getattr(batch, n)[:, start:end] for n in ("frames", "mask", "turn", "text_index", "reading"))), state)))
+    assert torch.equal(torch.cat(parts[1], 1), torch.cat(parts[0], 1))
+    h, codes = torch.randn(3, 64), torch.randint(0, 35, (3, 8))
+    assert torch.equal(full.depth_logits(h, codes), plain.depth_logits(h, codes))
+    for gates in (full.read_text, full.hear_prosody, full.read_memory):
+        gates[0].gate.fill_(1.0)
+        assert not torch.equal(full.c0_logits(full(batch, memory=slots)), want)
+        gates[0].gate.zero_()
+
+
+def test_imported_with_additions(folder, imported, tmp_path):
+    assert checkpoint.main(["import_csm", str(folder), "--additions", "--output", str(tmp_path)]) == 0
+    model = checkpoint.load_model(tmp_path)
+    assert model.cfg.cross.enabled and model.cfg.memory.enabled and model.cfg.text_head and model.cfg.cross.text_window == model.cfg.backbone.max_positions
+    official = load_file(imported / "model.safetensors")
+    assert equal({n: model.state_dict()[n] for n in official}, official)
 
 
 # ----------------------------------------------------------------------------- by name
