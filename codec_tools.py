@@ -230,10 +230,18 @@ def work_through(pairs: list[tuple[Path, Path]], seconds: list[float], what: str
     return len(pairs)
 
 
+def load(name, device="cpu") -> nn.Module:
+    """The codec of a --codec flag: a folder or training file of ours, "mimi", or "mimi:FOLDER". Returned in eval mode."""
+    if str(name).split(":")[0] == "mimi":
+        from mimi_codec import load_mimi
+        return load_mimi(name, device)
+    import checkpoint
+    return checkpoint.load_codec(name, device)
+
+
 def open_codec(args) -> nn.Module:
     """The codec of --codec on --device, with --num_codebooks checked."""
-    import checkpoint
-    codec = checkpoint.load_codec(args.codec, runtime.pick_device(args.device))
+    codec = load(args.codec, runtime.pick_device(args.device))
     if args.num_codebooks is not None and not 1 <= args.num_codebooks <= codec.cfg.num_codebooks:
         raise ValueError(f"{args.codec} has {codec.cfg.num_codebooks} codebooks: use --num_codebooks 1 to {codec.cfg.num_codebooks}, not {args.num_codebooks}")
     return codec
@@ -311,7 +319,7 @@ def build_parser() -> config.Parser:
         part = parts.add_parser(name, help=does, description=does)
         part.add_argument("input", type=Path, help="file or folder")
         part.add_argument("output", type=Path, help="file, or folder where the input is one")
-        part.add_argument("--codec", default="pretrained/codec", metavar="PATH", help="default pretrained/codec")
+        part.add_argument("--codec", default="pretrained/codec", metavar="PATH|mimi", help="folder of weights, mimi (Kyutai's, through transformers) or mimi:FOLDER; default pretrained/codec")
         part.add_argument("--num_codebooks", type=int, metavar="8|16|32", help="only the first so many; default all")
         part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
     part = parts.add_parser("info", help=info.__doc__, description=info.__doc__)

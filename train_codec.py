@@ -653,7 +653,7 @@ def plot_losses(folder: Path) -> None:
                 above.plot(*points(f"validation_{name}"), "o:", color=line.get_color())
     for name, label in (("entropy_mean", "entropy, mean of the codebooks (1 = uniform)"), ("dead_mean", "share of unused codes"), ("told_apart", "told apart by the discriminators")):
         if any(m.get(name) is not None for m in lines):
-            below.plot(*points(name), label=label, alpha=0.8)
+            below.plot(*points(name), "o-", markersize=3, label=label, alpha=0.8)
     above.set(yscale="log", title="Losses, held-out ones dotted")
     below.set(xlabel="step", ylim=(0, 1.02))
     for axes in (above, below):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = {"config": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1,
          "layers": 2,
-         "rvq_tokenizer": 3, "discriminators": 3, "additions": 3, "csm_weights": 3,
+         "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "csm_weights": 3,
          "architecture": 4,
          "checkpoint": 5, "synthetic_conversations": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "evaluation_framework": 6,
