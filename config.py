@@ -1,7 +1,7 @@
 """Every knob of the project: strict dataclasses, presets on one screen, JSON in and out, CLI flags.
 
 Standard library only, so that `--help` of any script is instant. Nothing here knows of torch.
-`python config.py` prints the parameter count of every preset.
+`python config.py` prints parameter counts and a memory plan for every preset.
 
     from config import model_preset, CodecConfig
     cfg = model_preset("nano", dropout=0.1)
@@ -221,6 +221,98 @@ def count_parameters(cfg: ModelConfig) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
+def _cross_attention(width: int, source: int, inner: int) -> int:
+    return width + 2 * width * inner + 2 * source * inner + inner + 1          # norm; q, out; k, v; null key; gate
+
+
+def count_additions(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters of what we add to CSM, by block; empty for a CSM without additions."""
+    d, c, m = cfg.backbone.width, cfg.cross, cfg.memory
+    parts = {}
+    if c.enabled:
+        n, w, phones = cfg.backbone.layers // c.every, c.width, 2 * len(c.phones)
+        reader_layer = w * c.reader_kernel + 2 * w + 6 * w * w
+        parts["reader"] = cfg.text_vocab * w + c.reader_layers * reader_layer + w + (phones * (w + 1) if c.phone_head else 0)
+        parts["read_text"] = n * (_cross_attention(d, w, w) + (2 * c.max_distance + 2) * c.heads)
+        parts["hear_prosody"] = n * (_cross_attention(d, d, w) + c.heads)
+        parts["advance_head"] = (d + 1) * (c.max_advance + 1)
+    if m.enabled:
+        parts["memory_writer"] = (3 * d + 2) * m.width
+        parts["read_memory"] = cfg.backbone.layers // m.every * (_cross_attention(d, m.width, m.width) + 2 * m.width + 2 * m.heads)
+    if cfg.text_head:
+        parts["text_head"] = cfg.text_vocab * d
+    return parts
+
+
+def count_all(cfg: ModelConfig) -> int:
+    return count_parameters(cfg)["total"] + sum(count_additions(cfg).values())
+
+
+# ----------------------------------------------------------------------------- memory
+
+VOICE_SHARE = 0.5        # of the positions of a conversation that are audio frames: letters and frames come at about the same rate
+
+
+def activation_bytes(cfg: ModelConfig, positions: int, voice_share: float = VOICE_SHARE) -> dict[str, int]:
+    """What a training forward of `positions` keeps for the backward pass under bf16 autocast with fused attention, by part.
+
+    Per position and Llama block: each norm keeps its input and the unit vector in float32 and its output in bf16 (20 D),
+    attention the projections, the turned q and k, its output twice (8 D + 6 KV), the feed-forward four hidden vectors (8 F).
+    """
+    def block(t: TransformerConfig) -> int:
+        return 28 * t.width + 6 * t.kv_heads * t.head_dim + 8 * t.ffn
+
+    d, c, voice = cfg.backbone.width, cfg.cross, voice_share * positions
+    frames = max(1, voice * cfg.depth_fraction)
+    parts = {"backbone": positions * (cfg.backbone.layers * block(cfg.backbone) + 10 * d),
+             "depth": frames * cfg.num_codebooks * (cfg.depth.layers * block(cfg.depth) + 10 * cfg.depth.width),
+             "logits": 4 * cfg.audio_vocab * (voice + frames * (cfg.num_codebooks - 1)) + 4 * cfg.text_vocab * (positions - voice) * cfg.text_head}
+    if c.enabled:
+        n = cfg.backbone.layers // c.every
+        parts["cross"] = n * positions * (20 * d + 8 * c.width) + (positions - voice) * c.reader_layers * 30 * c.width
+    return {name: int(value) for name, value in parts.items()}
+
+
+def training_bytes(cfg: ModelConfig, positions: int = 4096, gpus: int = 1, recompute: bool = False) -> dict[str, int]:
+    """Bytes per GPU while training: float32 weights, gradients, optimiser (Muon for hidden matrices, AdamW for the rest) and
+    average, all split evenly over the GPUs; bf16 copies of the weights in use; activations of `positions` per GPU.
+
+    recompute: only the input of each backbone block is kept, and one block's activations at a time.
+    """
+    total, matrices = count_all(cfg), count_matrices(cfg)
+    states = {"weights": 4 * total, "gradients": 4 * total, "optimiser": 4 * matrices + 8 * (total - matrices), "average": 4 * total}
+    parts = {name: -(-value // gpus) for name, value in states.items()}
+    layer = (count_parameters(cfg)["backbone"] - cfg.backbone.width) // cfg.backbone.layers
+    parts["bf16 copies"] = 2 * total if gpus == 1 else 4 * layer               # alone: all of them; split: this layer and the next
+    kept = activation_bytes(cfg, positions)
+    if recompute:
+        kept["backbone"] = kept["backbone"] // cfg.backbone.layers + 4 * cfg.backbone.width * cfg.backbone.layers * positions
+    parts["activations"] = sum(kept.values())
+    return parts | {"total": sum(parts.values())}
+
+
+def count_matrices(cfg: ModelConfig) -> int:
+    """Parameters in matrices between hidden layers: those that Muon trains (train.split_parameters)."""
+    def stack(t: TransformerConfig) -> int:
+        return t.layers * (2 * t.width * t.width + 2 * t.width * t.kv_heads * t.head_dim + 3 * t.width * t.ffn)
+
+    d, c, m = cfg.backbone.width, cfg.cross, cfg.memory
+    total = stack(cfg.backbone) + stack(cfg.depth) + d * cfg.depth.width
+    if c.enabled:
+        total += c.reader_layers * 6 * c.width ** 2 + cfg.backbone.layers // c.every * (4 * d * c.width + 2 * c.width * (c.width + d))
+    if m.enabled:
+        total += 3 * d * m.width + cfg.backbone.layers // m.every * (2 * d * m.width + 2 * m.width ** 2)
+    return total
+
+
+def conversation_bytes(cfg: ModelConfig, size: int = 2) -> dict[str, int]:
+    """What one conversation holds at the full window, in numbers of `size` bytes: KV cache, what text may hear of the voice, memory slots."""
+    b = cfg.backbone
+    heard = b.layers // cfg.cross.every * b.max_positions * b.width if cfg.cross.enabled else 0
+    slots = cfg.memory.max_slots * (2 * cfg.memory.width * size + 8) if cfg.memory.enabled else 0
+    return {"kv_cache": size * b.layers * 2 * b.kv_heads * b.head_dim * b.max_positions, "heard": size * heard, "memory": slots}
+
+
 # ----------------------------------------------------------------------------- sampling and training
 
 @dataclass
@@ -402,12 +494,46 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def _amount(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}" if value < 1e3 * size or unit == "GB" else f"{value / size:,.0f} {unit}"
+    return f"{value / 1e3:.1f} kB"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+
+
+def plan(positions: int, names=tuple(MODEL_PRESETS)) -> str:
+    """The tables of `python config.py`."""
+    gpus = (1, 8, 64, 512)
+    counts = [["parameters", "all", "CSM", "additions", "backbone", "depth", "embeddings", "heads"]]
+    training = [["training", "weights", "gradients", "optimiser", "average", "activations", "recomputed", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)]]
+    talking = [["talking", "weights", "KV cache", "heard voice", "memory"]]
+    for name in names:
+        cfg = model_preset(name)
+        csm, extra = count_parameters(cfg), sum(count_additions(cfg).values())
+        parts = (csm["total"] + extra, csm["total"], extra, csm["backbone"], csm["depth"], csm["text_embeddings"] + csm["audio_embeddings"],
+                 csm["projection"] + csm["c0_head"] + csm["audio_head"])
+        counts.append([name, *(f"{n:,}" for n in parts)])
+        full, lean = training_bytes(cfg, positions), training_bytes(cfg, positions, recompute=True)
+        states = [_amount(full[k]) for k in ("weights", "gradients", "optimiser", "average", "activations")]
+        training.append([name, *states, _amount(lean["activations"]), *(_amount(training_bytes(cfg, positions, n, True)["total"]) for n in gpus)])
+        talking.append([name, _amount(2 * count_all(cfg)), *(_amount(n) for n in conversation_bytes(cfg).values())])
+    return (f"{_table(counts)}\n\n{_table(training)}\n"
+            f"{positions} positions per GPU, bf16 autocast, float32 weights; per GPU: everything but activations split over the GPUs, backbone recomputed.\n\n"
+            f"{_table(talking)}\n16-bit weights and caches; per conversation at the full window of positions.")
+
+
 def main(argv=None) -> int:
-    parser = Parser(description="Print the parameter counts of all presets.")
-    parser.parse_args(argv)
-    for name in MODEL_PRESETS:
-        counts = count_parameters(model_preset(name))
-        print(f"{name:8s} {counts['total']:>15,}  " + "  ".join(f"{k} {v / 1e6:.1f}M" for k, v in counts.items() if k != "total"))
+    parser = Parser(description="Print parameter counts and the memory that training and talking need, for all presets.")
+    parser.add_argument("--batch_positions", type=int, default=TrainConfig.batch_positions, metavar="INT", help="positions per GPU and step (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.batch_positions < 1:
+        parser.error(f"batch_positions {args.batch_positions} must be positive: change --batch_positions")
+    print(plan(args.batch_positions))
     return 0
 
 
