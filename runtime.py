@@ -85,6 +85,30 @@ def _write_into(file, data) -> None:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def sweep_unfinished(folder) -> list[Path]:
+    """Remove what atomic_write left in `folder` when its process was killed; files of living processes stay. Returns the removed."""
+    removed = []
+    for path in Path(folder).glob(".*.tmp"):
+        owner = path.name.split(".")[-2]
+        if owner.isdigit() and not _alive(int(owner)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":            # signal 0 would end the process there
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                # it lives and is another user's
+        pass
+    return True
+
+
 def write_json(path, value) -> Path:
     return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -240,13 +264,19 @@ class MetricsLog:
             return line["step"] < start_step or (line["step"] == start_step and line.get("kind") == "validation")
         kept = [line for line in read_metrics(self.path) if old(line)] if start_step else []
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.run = _start_wandb(Path(folder), config or {}, wandb, name)
+        self.run, self.lost = _start_wandb(Path(folder), config or {}, wandb, name), 0
 
     def log(self, step: int, **values) -> None:
-        """Values are numbers or lists of numbers; not-a-number becomes null."""
+        """Values are numbers or lists of numbers; not-a-number becomes null. A full disk loses lines, said once, and stops nothing."""
         line = {"step": step} | {k: _finite(v) for k, v in values.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n" * bool(self.lost) + json.dumps(line) + "\n")       # what was lost may have been cut off within its line
+            self.lost = 0
+        except OSError as error:
+            if not self.lost:
+                print(f"note: cannot write {self.path} ({error.strerror}): lines are lost until there is room", file=sys.stderr)
+            self.lost += 1
         if self.run is not None:
             try:
                 self.run.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)

@@ -365,18 +365,35 @@ class Trainer:
     def save(self) -> Path:
         """Write last.pt, with everything an exact resume needs."""
         average = self.average.state()
-        self.saved_step, self.saved_minutes = self.step, self.minutes
-        return save_training(
+        path = save_training(
             Path(self.cfg.output) / "last.pt", kind="csm", config=to_dict(self.model.cfg), model=self.model.state_dict(),
             ema=average["weights"], ema_count=average["count"], optimizer=[o.state_dict() for o in self.optimisers],
             step=self.step, minutes=self.minutes, best=self.best, validation=self.validation, curriculum=self.curriculum,
             loader=self.loader_state, rng=runtime.rng_state(), codec_fingerprint=self.codec_fingerprint, train_config=to_dict(self.cfg))
+        self.saved_step, self.saved_minutes = self.step, self.minutes
+        return path
+
+    def save_or_say(self, must: bool) -> bool:
+        """Save; where that fails (full disk) say so and go on, unless `must`: the file before is whole and the next save may have room."""
+        try:
+            self.save()
+        except ValueError as error:
+            if must:
+                raise
+            self.saved_minutes = self.minutes                                # not again at every step
+            tqdm.write(f"note: {error}; training goes on and saves again later", file=sys.stderr)
+            return False
+        return True
 
     def save_if_best(self) -> None:
         """best_model.pt is last.pt of the moment with the lowest validation loss: one file under two names."""
+        before = self.best
         if self.validation["loss"] < self.best:
             self.best = self.validation["loss"]
-            link_file(self.save(), Path(self.cfg.output) / "best_model.pt")
+            if self.save_or_say(must=self.progress >= 1):
+                link_file(Path(self.cfg.output) / "last.pt", Path(self.cfg.output) / "best_model.pt")
+            else:
+                self.best = before
 
     def speak_samples(self) -> list[Path]:
         """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing."""
@@ -418,7 +435,7 @@ class Trainer:
                 if (last or self.due(cfg.sample_every)) and main and not self.interrupted:
                     self.speak_samples()
                 if main and (self.due_to_save() or (stop and self.saved_step != self.step)):
-                    self.save()
+                    self.save_or_say(must=stop)
                 if stop:
                     break
                 self._step_and_log()
@@ -557,6 +574,8 @@ def main(argv=None) -> int:
         if trainer.progress >= 1:
             print(f"{cfg.resume} is at step {trainer.step}: this run is over; raise --max_steps (or --minutes) to go on")
             return 0
+        if ranks.main:
+            runtime.sweep_unfinished(cfg.output)
         if saved is None and ranks.main:
             set_aside(Path(cfg.output))
         stop_on_signals(trainer)

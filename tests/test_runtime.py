@@ -2,6 +2,7 @@
 import errno
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +46,29 @@ def test_old_checkpoint_survives_a_full_disk(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=runtime.ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "plain b'old' True", done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_leftovers_of_killed_writers_are_swept(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f".last.pt.{gone.pid}.tmp", f".last.pt.{os.getpid()}.tmp", "notes.tmp", ".last.pt.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    assert [p.name for p in runtime.sweep_unfinished(tmp_path)] == names[:1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
+    log = runtime.MetricsLog(tmp_path)
+    log.log(0, loss=3.0)
+    log.path.unlink()
+    log.path.mkdir()                                                          # cannot be opened for writing
+    log.log(1, loss=2.0)
+    log.log(2, loss=2.0)
+    log.path.rmdir()
+    log.log(3, loss=1.0)
+    assert capsys.readouterr().err.count("lines are lost") == 1
+    assert [line["step"] for line in runtime.read_metrics(log.path)] == [3]
 
 
 @pytest.mark.parametrize("error, word", [(ValueError("change --x\nnow"), "change --x now"), (FileNotFoundError(2, "No such file", "a.wav"), "a.wav"),
