@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from additions import (
     Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, reading_offset, spoken_runs, turn_sums)
@@ -315,8 +316,12 @@ class CSM(nn.Module):
         plan = self._plan(batch, state, memory)
         B, S, every, remember = batch.B, batch.S, self.cfg.cross.every, self.cfg.memory.every
         x = self.embed(batch.frames, batch.mask).view(B, S, -1)
+        again = self.cfg.recompute and self.training and state is None and torch.is_grad_enabled()
         for i, block in enumerate(self.backbone.layers):
-            x = block(x, plan.rope, plan.mask, state.caches[i] if state else None, plan.start)
+            if again:
+                x = checkpoint(block, x, plan.rope, plan.mask, use_reentrant=False)
+            else:
+                x = block(x, plan.rope, plan.mask, state.caches[i] if state else None, plan.start)
             if self.reader is not None and (i + 1) % every == 0:
                 x = self._cross((i + 1) // every - 1, x, plan, state)
             if plan.memory is not None and (i + 1) % remember == 0:

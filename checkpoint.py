@@ -258,8 +258,10 @@ def load_training(path, kind: str = "csm", codec_fingerprint: str | None = None,
 
 
 def check_codec(what, trained: str | None, now: str | None) -> None:
-    """ValueError when both fingerprints are known and differ: their codes mean different sounds."""
-    if trained and now and trained != now:
+    """ValueError when both fingerprints are known and differ: their codes mean different sounds. "mimi" stands for any "mimi-...":
+    official weights name no checksum of their codec."""
+    kinds = {trained, now}
+    if trained and now and len(kinds) > 1 and not (csm_weights.MIMI in kinds and all(kind.startswith(csm_weights.MIMI) for kind in kinds)):
         raise ValueError(f"{what} belongs to the codec with fingerprint {trained}, but this codec is {now}: "
                          "use the --codec it was made with, or tokenise again (python dataset_pipeline.py) and train again")
 

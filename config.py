@@ -156,6 +156,7 @@ class ModelConfig:
     depth_fraction: float = 0.0625    # share of audio frames that train the depth decoder (1/16)
     depth_decay: float = 0.0          # weight of the n-th semantic or acoustic codebook in the depth loss: n ** -depth_decay; 0: all alike
     dropout: float = 0.0
+    recompute: bool = False           # training keeps each backbone block's input only and computes the rest again: less memory, more time
     code_noise: float = 0.0           # share of heard frames exchanged in training: generation hears its own mistakes too
     cross: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -193,8 +194,8 @@ MODEL_PRESETS = {
     "tiny": lambda: ModelConfig("tiny", TransformerConfig(18, 1024, 4096, 16, 4), _depth(4, 512, 2048, 8, 2)),
     "blog": lambda: ModelConfig("blog", TransformerConfig(20, 1024, 5120, 16, 4), _depth(4, 768, 3072, 8, 2), num_codebooks=16, num_semantic=8),
     "small": lambda: ModelConfig("small", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33)),
-    "medium": lambda: ModelConfig("medium", TransformerConfig(32, 4096, 13312, 32, 8), _depth(4, 1024, 8192, 8, 2)),
-    "large": lambda: ModelConfig("large", TransformerConfig(80, 8192, 28672, 64, 8), _depth(6, 1536, 12288, 12, 4)),
+    "medium": lambda: ModelConfig("medium", TransformerConfig(32, 4096, 13312, 32, 8), _depth(4, 1024, 8192, 8, 2), recompute=True),
+    "large": lambda: ModelConfig("large", TransformerConfig(80, 8192, 28672, 64, 8), _depth(6, 1536, 12288, 12, 4), recompute=True),
     # Sesame's CSM-1B, exactly: our additions off
     "csm-1b": lambda: ModelConfig("csm-1b", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33),
                                   audio_vocab=2051, code_offset=0, text_vocab=128256, tokenizer="sesame/csm-1b",

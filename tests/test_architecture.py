@@ -439,6 +439,19 @@ def test_every_weight_learns():
     assert dead == []
 
 
+def test_recomputing_keeps_less_and_changes_no_gradient():
+    grads, kept = [], []
+    for recompute in (False, True):
+        model, sizes = build(scale=1.0, recompute=recompute, dropout=0.2).train(), []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = model.loss(batch_of(model.cfg, [conversation(model.cfg)]), generator=torch.Generator().manual_seed(1))
+        sum(loss[term][0] for term in ("c0", "depth", "text", "advance")).backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and kept[1] < 0.8 * kept[0]
+
+
 def test_the_reader_learns_to_spell():
     torch.manual_seed(0)
     model = fresh()

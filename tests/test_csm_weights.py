@@ -108,8 +108,12 @@ def test_every_way_to_load_gives_the_same_model(folder, imported, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     models = [checkpoint.load_model(path) for path in (folder, imported, tmp_path, tmp_path / "ckpt.pt")]
     assert all(equal(m.state_dict(), models[0].state_dict()) and m.cfg == models[0].cfg and m.codec_fingerprint == "mimi" for m in models)
+    assert checkpoint.load_model(folder, codec_fingerprint="mimi-0123456789a")
+    for path in (folder, imported):
+        with pytest.raises(ValueError, match="fingerprint"):
+            checkpoint.load_model(path, codec_fingerprint="a" * 16)
     with pytest.raises(ValueError, match="fingerprint"):
-        checkpoint.load_model(folder, codec_fingerprint="a" * 16)
+        checkpoint.check_codec("x", "mimi-1", "mimi-2")
 
 
 def test_small_storage(imported, folder, tmp_path):
