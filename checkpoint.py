@@ -346,12 +346,13 @@ def _build(cfg: ModelConfig, state: dict[str, Tensor], where) -> nn.Module:
 # ----------------------------------------------------------------------------- official CSM weights
 
 def import_csm(path, folder, storage: str = "exact", additions: bool = False) -> csm_weights.Official:
-    """Official weights of either format -> our folder. Mimi, where it came along, lies beside them for an export.
+    """Official weights of either format -> our folder. Mimi and the tokenizer, where they came along, lie beside them.
 
     storage "exact" keeps every bit; "bf16" and "int8" are those of save_pretrained. additions: see with_additions.
     ValueError for a missing or surplus tensor.
     """
-    official = csm_weights.read(find_weights(path))
+    path = find_weights(path)
+    official = csm_weights.read(path)
     if additions:
         larger = with_additions(_build(official.cfg, {n: v.float() for n, v in official.tensors.items()}, path))
         official = dataclasses.replace(official, cfg=larger.cfg, tensors=larger.state_dict() | official.tensors)
@@ -360,6 +361,7 @@ def import_csm(path, folder, storage: str = "exact", additions: bool = False) ->
         csm_weights.write_tensors(Path(folder) / MIMI, official.codec)
     _write_folder(folder, tensors, {"kind": "csm", "config": to_dict(official.cfg), "codec_fingerprint": csm_weights.MIMI, "storage": storage,
                                     "official": {"layout": official.layout, "config": official.config, "generation": official.generation}})
+    csm_weights.copy_beside(path, folder)
     return official
 
 
@@ -387,7 +389,9 @@ def export_csm(path, folder, layout: str, shard_bytes: int = 5 * 10 ** 9) -> lis
     """
     path = find_weights(path)
     official = csm_weights.read(path) if csm_weights.is_official(path) else _as_official(path)
-    return csm_weights.write(official, folder, layout, shard_bytes)
+    files = csm_weights.write(official, folder, layout, shard_bytes)
+    csm_weights.copy_beside(path, folder)
+    return files
 
 
 def _as_official(path: Path) -> csm_weights.Official:

@@ -43,6 +43,8 @@ INSIDE = {"attn.q_proj.weight": "self_attn.q_proj.weight", "attn.k_proj.weight":
 FLAVOURS = {"backbone": "llama-1B", "depth": "llama-100M"}        # what the original calls CSM-1B's two stacks
 SAFE_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
                torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+# what lies beside the weights and `transformers`' processor needs; carried along unread
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja")
 AUDIO_ID = 128002                       # text id that stands for an audio frame in transformers' input; the next one for the end frame
 
 
@@ -371,6 +373,15 @@ def write_tensors(path, tensors: dict[str, Tensor]) -> Path:
     return atomic_write(path, stream)
 
 
+def copy_beside(source, folder) -> None:
+    """The tokenizer and processor files of one folder into another."""
+    source, folder = Path(source), Path(folder)
+    source = source if source.is_dir() else source.parent
+    for name in BESIDE:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            atomic_write(folder / name, (source / name).read_bytes())
+
+
 # ----------------------------------------------------------------------------- the hub
 
 def is_hub_name(name) -> bool:
@@ -386,7 +397,7 @@ def fetch(name: str) -> Path:
     except ImportError:
         raise ValueError(f"{name} is not on this disk, and loading by name needs the package huggingface_hub: install it, or give a folder") from None
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=["*.json"]))
+        folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja"]))
         index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
         if index is not None:
             hub.snapshot_download(name, allow_patterns=sorted(set(_json(index).get("weight_map", {}).values())))

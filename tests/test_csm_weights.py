@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import csm_weights
 from architecture import CSM, FrameBatch
-from config import CrossAttentionConfig, MemoryConfig, model_preset
+from config import CrossAttentionConfig, MemoryConfig, model_preset, to_dict
 from layers import Rope
 
 transformers = pytest.importorskip("transformers")
@@ -122,6 +123,29 @@ def test_small_storage(imported, folder, tmp_path):
     assert size < 0.6 and checkpoint.load_model(tmp_path / "a").cfg == checkpoint.load_model(imported).cfg
     checkpoint.export_csm(tmp_path / "a", tmp_path / "b", "transformers")
     assert {v.dtype for v in load_file(tmp_path / "b/model.safetensors").values()} == {torch.float32}
+
+
+def test_the_tokenizer_travels_with_the_weights(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "a")
+    (tmp_path / "a/tokenizer.json").write_text("{}")
+    checkpoint.import_csm(tmp_path / "a", tmp_path / "b")
+    checkpoint.export_csm(tmp_path / "b", tmp_path / "c", "original")
+    assert (tmp_path / "c/tokenizer.json").read_text() == "{}"
+
+
+def test_large_weights_are_mapped_not_read(imported, tmp_path, monkeypatch):
+    """The same model, which can be trained, and the file on the disk stays as it was."""
+    small = checkpoint.load_model(imported)
+    checkpoint.save_training(tmp_path / "a.pt", config=to_dict(small.cfg), model=small.state_dict())
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    for path in (imported, tmp_path / "a.pt"):
+        large, file = checkpoint.load_model(path), path / "model.safetensors" if path.is_dir() else path
+        before = file.read_bytes()
+        assert equal(large.state_dict(), small.state_dict()) and all(p.requires_grad and p.device.type == "cpu" for p in large.parameters())
+        optimiser = torch.optim.SGD(large.parameters(), lr=1.0)
+        large.depth_logits(torch.randn(2, 64), torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+        optimiser.step()
+        assert not torch.equal(large.projection.weight, small.projection.weight) and file.read_bytes() == before
 
 
 # ----------------------------------------------------------------------------- the original layout
@@ -334,7 +358,7 @@ def test_by_name(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert checkpoint.load_model("someone/some-csm").cfg.num_codebooks == 8
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert asked == [("someone/some-csm", ["*.json"]), ("someone/some-csm", sorted(set(index["weight_map"].values())))]
+    assert asked == [("someone/some-csm", ["*.json", "*.jinja"]), ("someone/some-csm", sorted(set(index["weight_map"].values())))]
 
     def gated(name, allow_patterns):
         raise errors.GatedRepoError("no", response=httpx.Response(403, request=httpx.Request("GET", "http://localhost")))
