@@ -278,7 +278,7 @@ class Trainer:
         drawn = []
         for number in range(self.cfg.accumulate):
             batch, history, self.loader_state = self.next_batch()
-            seed = _mix(self.cfg.seed, self.step, number, self.ranks.rank)
+            seed = _mix(self.cfg.seed, self.step, number * self.ranks.world_size + self.ranks.rank)      # one rank with more micro-batches draws the same
             words = self.lexicon and self.lexicon.draw(self.cfg.lexicon_words, torch.Generator().manual_seed(seed))
             drawn.append((batch.to(self.device), history and history.to(self.device),
                           words and tuple(w.to(self.device) for w in words), torch.Generator().manual_seed(seed)))
@@ -299,11 +299,11 @@ class Trainer:
             with runtime.autocast(self.device, self.cfg.precision):
                 terms = self.model.loss(batch, history, words, generator)
                 loss = weighted_loss(terms, counts, self.weights)
-            self._require_finite(loss, "loss", batch)
+            self.last_batch = batch, history, words
+            self._require_finite(loss, "loss")
             loss.backward()
             for name in counts:
                 sums[name] = sums.get(name, 0.0) + terms[name][0].detach().double()
-        self.last_batch = drawn[-1][0]
         self._share_gradients()
         total = self.ranks.sum(torch.stack([sums[n] for n in counts])).tolist()
         means = {n: value / max(1.0, counts[n]) for n, value in zip(counts, total)}
@@ -322,7 +322,7 @@ class Trainer:
     def update(self) -> tuple[float, float]:
         """Clip, check, step; returns the gradient norm and the factor of the schedule."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
-        self._require_finite(norm, "gradient norm", self.last_batch)
+        self._require_finite(norm, "gradient norm")
         factor = self.lr_scale * runtime.cosine_lr(self.step, self.cfg.max_steps, self.cfg.warmup_steps, self.cfg.min_lr_ratio, self.progress)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -332,11 +332,14 @@ class Trainer:
         self.average.update()
         return float(norm), factor
 
-    def _require_finite(self, value: Tensor, what: str, batch: FrameBatch) -> None:
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        """ValueError before the step where `value` is not finite; the (last) micro-batch lies in the output folder for inspection."""
         if bool(torch.isfinite(value)):
             return
         path = Path(self.cfg.output) / f"nonfinite-{self.ranks.rank}.pt"
-        runtime.atomic_write(path, lambda file: torch.save({"step": self.step, **vars(batch.to("cpu"))}, file))
+        batch, history, words = self.last_batch
+        found = {"step": self.step, "history": history and vars(history.to("cpu")), "words": words and tuple(w.cpu() for w in words)}
+        runtime.atomic_write(path, lambda file: torch.save(found | vars(batch.to("cpu")), file))
         raise ValueError(f"the {what} of step {self.step} is not finite: weights were left as they were and the batch saved to {path}; "
                          f"go on from {self.cfg.output}/last.pt with a lower --lr and --muon_lr, or --precision fp32")
 
@@ -463,7 +466,7 @@ class Trainer:
         start = time.monotonic()
         means = self.gradients()
         norm, factor = self.update()
-        positions = int((self.last_batch.turn >= 0).sum())
+        positions = int((self.last_batch[0].turn >= 0).sum())
         self.step += 1
         now = time.monotonic()
         seconds, before, self.clock = now - start, self.clock, now

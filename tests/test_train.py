@@ -186,42 +186,68 @@ def test_a_full_disk_is_survived(data, tmp_path, monkeypatch, capsys):
         run(settings(data, tmp_path / "b", max_steps=1))
 
 
-def test_two_micro_batches_equal_one_batch_of_both(data, tmp_path):
-    """One normaliser for all micro-batches: the gradient is that of all targets at once."""
-    trainer = train.Trainer(settings(data, tmp_path, accumulate=2))
+def test_accumulate_four_equals_a_batch_of_four(data, tmp_path):
+    """One normaliser for all micro-batches: loss and gradient are those of all targets at once."""
+    trainer = train.Trainer(settings(data, tmp_path, accumulate=4, batch_positions=128))
     trainer.data.p_history = 0.0                                              # join() below knows no history
     trainer.next_batch = lambda: trainer.data.next_batch(train.Stage(1))
     drawn = trainer._draw()
-    a, b = (d[0] for d in drawn)
+    batches = [d[0] for d in drawn]
     trainer._draw = lambda: drawn
-    trainer.model.cfg.depth_fraction = 1.0
     split = trainer.gradients()
     gradient = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    trainer._draw = lambda: [(join(a, b), None, None, torch.Generator().manual_seed(0))]
+    trainer._draw = lambda: [(join(*batches), None, None, torch.Generator().manual_seed(0))]
     together = trainer.gradients()
     for name in split:
-        assert split[name] == pytest.approx(together[name], rel=1e-4), name
+        assert split[name] == pytest.approx(together[name], rel=1e-5), name
     scale = max(float(g.abs().max()) for g in gradient.values())
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None:
-            assert (parameter.grad - gradient[name]).abs().max() < 1e-4 * scale, name
-    assert len(a.turn) != len(b.turn) or a.S != b.S                           # unequal micro-batches, or nothing is shown
+            assert (parameter.grad - gradient[name]).abs().max() < 1e-5 * scale, name
+    assert len({b.turn.shape for b in batches}) > 1                           # unequal micro-batches, or nothing is shown
 
 
-def join(a, b):
-    """Two batches as one."""
+def join(*batches):
+    """Several batches as one."""
     from dataclasses import fields
     out = {}
-    for f in fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        if x is None:
+    for f in fields(batches[0]):
+        parts = [getattr(b, f.name) for b in batches]
+        if parts[0] is None:
             out[f.name] = None
             continue
-        shape = (len(x) + len(y), max(x.size(1), y.size(1)), *x.shape[2:])
-        out[f.name] = torch.full(shape, -1 if f.name in ("turn", "text_index", "reading") else 0, dtype=x.dtype)
-        out[f.name][:len(x), :x.size(1)], out[f.name][len(x):, :y.size(1)] = x, y
+        shape = (sum(len(p) for p in parts), max(p.size(1) for p in parts), *parts[0].shape[2:])
+        out[f.name], row = torch.full(shape, -1 if f.name in ("turn", "text_index", "reading") else 0, dtype=parts[0].dtype), 0
+        for p in parts:
+            out[f.name][row:row + len(p), :p.size(1)] = p
+            row += len(p)
     return train.FrameBatch(**out)
+
+
+def test_a_sixteenth_of_the_frames_stands_for_all(data, tmp_path):
+    """The depth loss and its gradient over 1/16 of the frames, averaged over draws, are those over every frame."""
+    trainer = train.Trainer(settings(data, tmp_path))
+    model = trainer.model
+    batch = trainer.data.next_batch(train.Stage(3))[0]
+    voice = (batch.turn >= 0) & batch.mask[..., 0]
+    with torch.no_grad():
+        model.audio_head.mul_(20)                                             # frames must differ in their loss
+        h = model(batch).flatten(0, 1)
+    direction = torch.randn(model.audio_head.shape, generator=torch.Generator().manual_seed(1))
+
+    def depth(fraction, seed):
+        model.cfg.depth_fraction, out = fraction, {}
+        model._audio_loss(h, batch, voice, torch.Generator().manual_seed(seed), out, {})
+        loss = out["depth"][0] / out["depth"][1]
+        slope = (torch.autograd.grad(loss, model.audio_head)[0] * direction).sum()
+        return torch.stack([loss.detach(), slope]).double()
+
+    full = depth(1.0, 0)
+    draws = torch.stack([depth(1 / 16, seed) for seed in range(200)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert bool(((draws.mean(0) - full).abs() < 4 * error).all()) and bool((error < 0.05 * full.abs().clamp(min=1)).all())
+    assert bool((draws.std(0) > 1e-3).all())                                  # each draw is another share
 
 
 def test_counts_are_those_of_the_loss(data, tmp_path):
@@ -329,16 +355,21 @@ def test_every_parameter_is_in_exactly_one_optimiser(data, tmp_path):
     assert any("gate" in names[id(p)] for p in plain) and any("audio_head" in names[id(p)] for p in decayed)
 
 
-def test_not_finite_stops_before_the_step(data, tmp_path):
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_not_finite_stops_before_the_step(data, tmp_path, what, monkeypatch):
     trainer = train.Trainer(settings(data, tmp_path))
-    trainer.next_batch = lambda: trainer.data.next_batch(train.Stage(0))
-    before = trainer.model.projection.weight.detach().clone()
-    with torch.no_grad():
-        trainer.model.codebook0_head.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        trainer.gradients()
-    assert torch.equal(trainer.model.projection.weight, before)
-    assert torch.load(tmp_path / "nonfinite-0.pt", weights_only=True)["frames"].dim() == 3
+    if what == "loss":
+        with torch.no_grad():
+            trainer.model.codebook0_head.weight[0] = float("nan")
+    else:                                                                     # the loss is finite, its gradient is not
+        trainer.model.projection.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    monkeypatch.setattr(trainer, "_evaluate", lambda keep: None)
+    with pytest.raises(ValueError, match=f"the {what} of step 0 is not finite.*--lr"):
+        trainer.run()
+    assert all(torch.equal(p, before[n]) or n == "codebook0_head.weight" for n, p in trainer.model.named_parameters())
+    found = torch.load(tmp_path / "nonfinite-0.pt", weights_only=True)
+    assert found["step"] == 0 and torch.equal(found["frames"], trainer.last_batch[0].frames) and "history" in found
 
 
 def test_plain_refusals(data, tmp_path, capsys):
