@@ -2,7 +2,7 @@
 
     python benchmark.py judges        can the judges tell good from bad?
     python benchmark.py data          is the synthetic speech as clear and natural as the TTS it comes from?
-    python benchmark.py codec         what survives the codec, with few and with all codebooks?
+    python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 
 import config
+from benchmark_codec import bench_codec, codec_body
+from measuring import SECONDS, hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
 TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "voice": "Voice", "speed": "Speed"}
 TURNS = {"judges": 24, "data": 60, "codec": 30, "voice": 50, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
-WORDS = (4, 25)             # length of the test sentences, in words
-SECONDS = (1.0, 12.0)
-LEVELS = (1, 2, 4, 8, 16, 32)
 
 
 # ----------------------------------------------------------------------------- RESULTS.md
@@ -69,86 +68,6 @@ def write_section(path, name: str, result: dict, body: str, manifest: dict) -> N
              f"{'+' if (manifest['commit'] or '').endswith('+') else ''}, {machine}, torch {manifest['versions']['torch']}", "", body, "",
              "<details><summary>JSON</summary>", "", "```json", json.dumps(result, ensure_ascii=False), "```", "", "</details>"]
     runtime.atomic_write(path, replace_section(text, name, "\n".join(lines)))
-
-
-def show(value, digits: int = 2, percent: bool = False) -> str:
-    """A number, or {mean, low, high} with its interval; a dash where it was not measured."""
-    if isinstance(value, dict):
-        inside = f" ({show(value['low'], digits, percent)} to {show(value['high'], digits, percent)})" if value.get("low") is not None else ""
-        return show(value.get("mean"), digits, percent) + inside
-    return "-" if value is None else f"{100 * value:.{max(0, digits - 1)}f} %" if percent else f"{value:.{digits}f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def rounded(value, digits: int = 4):
-    """Floats of a nested result to `digits` places; not-a-number becomes null."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v, digits) for v in value]
-    if isinstance(value, float):
-        return round(value, digits) if value == value and abs(value) != float("inf") else None
-    return value
-
-
-# ----------------------------------------------------------------------------- test turns
-
-def pick_turns(data, split: str, count: int, seed: int, dialogues: bool = True, same_speaker_before: bool = False) -> list[tuple[list[dict], int]]:
-    """`count` turns as (supervisions of the conversation, index), drawn evenly and repeatably.
-
-    dialogues: not the single coverage sentences. same_speaker_before: the speaker has an earlier turn that can be heard as a prompt.
-    """
-    from dataset_pipeline import read_supervisions
-
-    def fits(turn, words=WORDS):
-        return SECONDS[0] <= turn["duration"] <= SECONDS[1] and words[0] <= len(turn["text"].split()) <= words[1]
-    found = []
-    for turns in read_supervisions(Path(data), split).values():
-        for i, turn in enumerate(turns):
-            before = [t for t in turns[:i] if t["speaker"] == turn["speaker"] and fits(t)]
-            if fits(turn) and (len(turns) > 1 or not dialogues) and (before or not same_speaker_before):
-                found.append((turns, i))
-    if not found:
-        raise ValueError(f"the {split} split of {data} has no fitting turn: collect more (python collect_data.py --output {data} --target_hours 1)")
-    if len(found) < count:
-        print(f"note: only {len(found)} fitting turns in the {split} split of {data}, {count} were asked for", file=sys.stderr)
-    return random.Random(seed).sample(found, min(count, len(found)))
-
-
-def sound_of(data, turn: dict):
-    """Audio (N,) of one supervision at 24 kHz."""
-    from audio_io import read_audio
-    return read_audio(Path(data) / turn["custom"]["turn_audio"])
-
-
-def hear(audio, text: str, mos: bool = True, voice=None) -> dict:
-    """One judged utterance: said, heard, mos, and the voice's cosine to the embedding `voice`."""
-    import evaluation_framework as judge
-    row = {"said": text, "heard": judge.transcribe(audio), "mos": judge.distill_mos(audio) if mos else None}
-    return row if voice is None else row | {"voice": judge.speaker_similarity(audio, voice)}
-
-
-def summary(rows: list[dict]) -> dict:
-    """Corpus word error with interval, means of what else was judged, count of utterances more than half wrong."""
-    import evaluation_framework as judge
-    said, heard = [r["said"] for r in rows], [r["heard"] for r in rows]
-    rate = judge.word_error_rate(said, heard)
-    out = {"n": len(rows), "words": rate["words"], "wer": judge.word_error_interval(said, heard), "over_half_wrong": rate["over_half"],
-           "deletions": rate["deletions"], "insertions": rate["insertions"], "substitutions": rate["substitutions"],
-           "cer": judge.character_error_rate(said, heard)["cer"]}
-    for key in ("mos", "voice"):
-        if any(r.get(key) is not None for r in rows):
-            out[key] = judge.bootstrap_interval([r.get(key) for r in rows])
-    return out
-
-
-def percentiles(values: list) -> dict:
-    import numpy as np
-    values = [v for v in values if v is not None]
-    return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))} if values else {"p50": None, "p95": None}
 
 
 # ----------------------------------------------------------------------------- judges
@@ -219,17 +138,6 @@ def original_texts(collection: dict, wanted: set[str]) -> dict[str, str]:
     return found
 
 
-def paired(rows: list[dict], one: str, other: str) -> dict:
-    """Word error of `one` minus that of `other` on the same sentences, with its interval."""
-    import evaluation_framework as judge
-
-    def errors(row):
-        found = judge.word_errors(row["said"], row["heard"])
-        return found["substitutions"] + found["deletions"] + found["insertions"], found["words"]
-    counts = [(errors(row[one]), errors(row[other])) for row in rows]
-    return judge.bootstrap_interval([a[0] - b[0] for a, b in counts], weights=[a[1] for a, _ in counts])
-
-
 def speaking_speed(engine: str, texts: list[str], seed: int) -> float:
     """Seconds of speech made per second by one process, shaping and alignment included, after a warm-up."""
     import synthetic_conversations as synthetic
@@ -277,96 +185,6 @@ def bench_data(args) -> tuple[dict, str]:
     if gaps:
         body += f" Gaps between turns: median {result['gaps']['median_s']:.2f} s, {100 * result['gaps']['overlapping']:.0f} % overlap."
     return result, body
-
-
-# ----------------------------------------------------------------------------- codec
-
-def codebook_use(data, codec, fallback) -> dict:
-    """Entropy (1 = uniform) and share of unused codes of every codebook, over the training tokens where they belong to this codec."""
-    import torch
-    from dataset_pipeline import read_turns
-    from rvq_tokenizer import code_statistics
-    from text_tokenizer import load_tokenizer
-    try:
-        codes, source = torch.cat([t.codes for c in read_turns(data, "train", load_tokenizer("bytes"), codec.fingerprint) for t in c], 1).long(), "training tokens"
-    except ValueError:
-        codes, source = fallback, "the turns above"
-    return code_statistics(codes, codec.cfg.codebook_size) | {"frames": codes.shape[1], "source": source}
-
-
-def mis_sampled(codes, keep: int, generator):
-    """codes (1, K, T) with all codebooks after the first `keep` taken from other frames."""
-    import torch
-    shuffled = codes.clone()
-    for k in range(keep, codes.shape[1]):
-        shuffled[:, k] = codes[:, k, torch.randperm(codes.shape[2], generator=generator)]
-    return shuffled
-
-
-def bench_codec(args) -> tuple[dict, str]:
-    """Resynthesis of test turns with the first codebooks only and with all."""
-    import checkpoint
-    import evaluation_framework as judge
-    import runtime
-    import torch
-    from tqdm import tqdm
-    codec = checkpoint.load_codec(args.codec, runtime.pick_device(args.device))
-    device, generator = next(codec.parameters()).device, torch.Generator().manual_seed(args.seed)
-    levels = [k for k in LEVELS if k < codec.cfg.num_codebooks] + [codec.cfg.num_codebooks]
-    rows, pitch, all_codes, clock = {"input": []} | {k: [] for k in levels} | {"mixed": []}, [], [], {"encode": 0.0, "decode": 0.0, "audio": 0.0}
-    for turns, i in tqdm(pick_turns(args.data, args.split, args.turns, args.seed), desc="codec", unit="turn"):
-        text, audio = turns[i]["text"], sound_of(args.data, turns[i])
-        voice = judge.speaker_embedding(audio)
-        codes, full = timed_round_trip(codec, torch.from_numpy(audio).view(1, 1, -1).to(device), clock)
-        all_codes.append(codes[0].cpu())
-        rows["input"].append(hear(audio, text))
-        for k in levels:
-            sound = full if k == levels[-1] else codec.decode(codes[:, :k])[0, 0, :len(audio)].cpu().numpy()
-            rows[k].append(hear(sound, text, voice=voice))
-        rows["mixed"].append(hear(codec.decode(mis_sampled(codes.cpu(), 2, generator).to(device))[0, 0, :len(audio)].cpu().numpy(), text, voice=voice))
-        pitch.append(judge.pitch_error(audio, full))
-    pitch = [p for p in pitch if p]
-    use = codebook_use(args.data, codec, torch.cat(all_codes, 1))
-    result = {"fingerprint": codec.fingerprint, "parameters": sum(p.numel() for p in codec.parameters()), "conditions": {str(k): summary(r) for k, r in rows.items()},
-              "pitch_semitones": judge.bootstrap_interval([p["semitones"] for p in pitch]), "voicing_agreement": judge.bootstrap_interval([p["voicing_agreement"] for p in pitch]),
-              "times_real_time": {"encode": clock["audio"] / clock["encode"], "decode": clock["audio"] / clock["decode"],
-                                  "both": clock["audio"] / (clock["encode"] + clock["decode"])}, "codebooks": use, "device": str(device)}
-    return result, codec_body(result)
-
-
-def timed_round_trip(codec, audio, clock: dict):
-    """audio (1, 1, N) -> codes (1, K, T) and the decoded samples (N,); adds to the clock. The first call warms up."""
-    import torch
-
-    def wait():
-        if audio.is_cuda:
-            torch.cuda.synchronize()
-    if not clock["audio"]:
-        codec.decode(codec.encode(audio))
-    wait()
-    start = time.perf_counter()
-    codes = codec.encode(audio)
-    wait()
-    middle = time.perf_counter()
-    sound = codec.decode(codes)
-    wait()
-    clock["encode"] += middle - start
-    clock["decode"] += time.perf_counter() - middle
-    clock["audio"] += audio.shape[-1] / codec.cfg.sample_rate
-    return codes, sound[0, 0, :audio.shape[-1]].cpu().numpy()
-
-
-def codec_body(result: dict) -> str:
-    name = {"input": "the input itself", "mixed": "first 2 true, the others from wrong frames"}
-    body = table(["codebooks", "turns", "word error", "DistillMOS", "voice, cosine to the input"],
-                 [[name.get(k, f"first {k}"), str(s["n"]), show(s["wer"], 2, True), show(s.get("mos")), show(s.get("voice"))] for k, s in result["conditions"].items()])
-    speed, use = result["times_real_time"], result["codebooks"]
-    body += (f"\n\nEncoding {show(speed['encode'], 0)}, decoding {show(speed['decode'], 0)}, both {show(speed['both'], 0)} times faster than real time on {result['device']}. "
-             f"Pitch off by {show(result['pitch_semitones'])} semitones (median per turn), voicing agrees in {show(result['voicing_agreement'], 2, True)} of frames. "
-             f"{result['parameters'] / 1e6:.1f} M parameters, fingerprint {result['fingerprint']}.\n\n")
-    body += f"Use of the codebooks over {use['frames']} frames ({use['source']}); entropy 1 is uniform:\n\n"
-    return body + table(["codebook"] + [str(i + 1) for i in range(len(use["entropy"]))],
-                        [["entropy"] + [f"{e:.2f}" for e in use["entropy"]], ["unused"] + [f"{100 * d:.0f} %" for d in use["dead"]]])
 
 
 # ----------------------------------------------------------------------------- voice
@@ -640,9 +458,13 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
         if name in ("codec", "voice", "speed"):
-            part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec")
+            part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
+        if name == "codec":
+            part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
+            part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
+            part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
         if name in ("voice", "speed"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
         if name == "voice":

@@ -112,14 +112,6 @@ def test_turns_are_drawn_repeatably_with_an_earlier_turn_of_the_speaker(data):
     assert len(benchmark.pick_turns(data, "test", 99, 0)) == 8
 
 
-def test_mis_sampling_keeps_the_first_codebooks():
-    import torch
-    codes = torch.arange(5 * 40).view(1, 5, 40)
-    mixed = benchmark.mis_sampled(codes, 2, torch.Generator().manual_seed(0))
-    assert torch.equal(mixed[:, :2], codes[:, :2]) and not torch.equal(mixed[:, 2:], codes[:, 2:])
-    assert torch.equal(mixed.sort(-1).values, codes)
-
-
 def test_paired_difference():
     rows = [{"a": {"said": "one two", "heard": "one"}, "b": {"said": "one two", "heard": "one two"}}, {"a": {"said": "three", "heard": "three"}, "b": {"said": "three", "heard": "x"}}]
     assert benchmark.paired(rows, "a", "b")["mean"] == 0 and benchmark.paired(rows[:1], "a", "b")["mean"] == pytest.approx(0.5)
@@ -159,17 +151,45 @@ def test_data_bench_stands_beside_the_plain_voice(data, tmp_path, judges, monkey
     assert result["gaps"]["median_s"] == pytest.approx(0.3) and result["collection"]["hours"] is None
 
 
-def test_codec_bench(data, weights, tmp_path, judges, capsys):
+@pytest.fixture
+def peers(monkeypatch):
+    """One codec that is not installed, and one that gives the sound back in 1,000 bytes; no Mimi."""
+    import benchmark_codec
+    monkeypatch.setattr(benchmark_codec, "find_peers", lambda: {"codec2": "not installed (c2enc)", "opus": lambda audio: (audio[:-10], 1000)})
+    monkeypatch.setattr(benchmark_codec, "mimi_speed", lambda sounds: {"encode": 2.0, "decode": 2.0, "both": 1.0})
+
+
+def test_codec_bench(data, weights, tmp_path, judges, peers, capsys):
     flags = ("codec", "--data", data, "--codec", weights / "codec", "--turns", 3, "--results", tmp_path / "R.md")
     result = run(capsys, *flags)
-    assert list(result["conditions"]) == ["input", "1", "2", "4", "8", "mixed"] and len(judges) == 18
+    assert list(result["conditions"]) == ["input", "1", "2", "4", "8", "mixed", "codec2", "opus"] and len(judges) == 21 and result["human"] is None
     assert result["times_real_time"]["both"] > 0 and len(result["codebooks"]["entropy"]) == 8 and result["codebooks"]["source"] == "the turns above"
     said = [t[i]["text"] for t, i in benchmark.pick_turns(data, "test", 3, 0)]
     import evaluation_framework
     assert result["conditions"]["1"]["wer"]["mean"] == pytest.approx(evaluation_framework.word_error_rate(said, [TEXTS[0]] * 3)["wer"], abs=1e-4)
+    assert result["conditions"]["4"]["bits_per_second"] == pytest.approx(4 * 6 * 12.5) and result["conditions"]["opus"]["bits_per_second"] == pytest.approx(8000 / 1.2, rel=1e-3)
+    assert result["conditions"]["opus"]["voice"]["mean"] == pytest.approx(1.0) and result["conditions"]["opus"]["wer_over_input"]["mean"] == 0
+    assert result["conditions"]["codec2"] == {"missing": "not installed (c2enc)"}
+    by_name = {bar["what"]: bar for bar in result["bars"]}
+    assert by_name["the same, times faster than Mimi's architecture"]["value"] == pytest.approx(result["times_real_time"]["both"], rel=1e-3)
+    assert by_name["synthetic: word error with the first 8 alone, points above the input's own"]["met"] is True
+    assert by_name["human: voice, cosine to the input"]["met"] is None
     run(capsys, *flags)
     text = (tmp_path / "R.md").read_text()
     assert text.count("## Codec") == 1 and benchmark.read_results(tmp_path / "R.md")["codec"]["fingerprint"] == result["fingerprint"]
+    assert "| Codec2 3200 | not installed (c2enc) |" in text and "not measured" in text
+
+
+def test_codec_bench_on_peoples_recordings(data, weights, tmp_path, judges, peers, capsys):
+    import audio_io
+    t = np.arange(int(2.5 * 24000)) / 24000
+    for name in ("a", "deep/b", "beep", "star", "short"):
+        audio_io.write_audio(tmp_path / "rec" / f"{name}.wav", 0.2 * np.sin(2 * np.pi * 200 * (t[:24000] if name == "short" else t)))
+    (tmp_path / "texts").write_text("; a comment\na: We are going home now.\ndeep/b: We are home.\nbeep: [a long tone]\nstar: Press * or # now.\nshort: Go home now.\n")
+    result = run(capsys, "codec", "--data", data, "--codec", weights / "codec", "--turns", 2, "--results", tmp_path / "R.md", "--recordings", tmp_path / "rec", "--transcripts", tmp_path / "texts")
+    assert result["human_files"] == 2 and result["human"]["input"]["n"] == 2 and result["human"]["input"]["words"] == 8
+    assert result["human"]["8"]["voice"]["mean"] is not None and "People's recordings (2 files)" in (tmp_path / "R.md").read_text()
+    assert next(bar for bar in result["bars"] if bar["what"] == "human: voice, cosine to the input")["met"] is not None
 
 
 def test_voice_bench(data, weights, tmp_path, judges, capsys):
@@ -199,7 +219,7 @@ def test_cards_say_only_what_is_known(weights, tmp_path, capsys):
     assert "Apache-2.0" in card and "`test`" in card and made["parameters"] > 0
 
 
-def test_cards_use_results_of_the_same_weights_only(data, weights, tmp_path, judges, capsys):
+def test_cards_use_results_of_the_same_weights_only(data, weights, tmp_path, judges, peers, capsys):
     run(capsys, "codec", "--data", data, "--codec", weights / "codec", "--turns", 2, "--results", tmp_path / "R.md")
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "minutes": 30, "mel": 0.5, "phones": 1.25}\n')
     (tmp_path / "collection.json").write_text('{"hours": 2.5, "engine_shares": {"hibari": 0.9, "kokoro": 0.1}}')

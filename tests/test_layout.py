@@ -19,7 +19,8 @@ RANKS = {"config": 0,
          "architecture": 4,
          "checkpoint": 5, "synthetic_conversations": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "evaluation_framework": 6,
-         "train": 7, "train_codec": 7, "demo": 7, "benchmark": 7, "report": 7}
+         "measuring": 7, "train": 7, "train_codec": 7, "demo": 7, "report": 7,
+         "benchmark_codec": 8, "benchmark": 9}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
 STANDARD_AT_IMPORT = {"config", "runtime", "setup_environment", "run_experiment"}
