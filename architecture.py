@@ -409,6 +409,11 @@ class CSM(nn.Module):
         offset = reading_offset(self.cfg, reading, state.runs.filled.shape[1])
         return Runs(Packing(everyone, everyone, (B, S)), state.runs.tokens, state.runs.filled, offset, state.runs.read, state.runs.keys)
 
+    def compile_blocks(self, **options) -> None:
+        """torch.compile every block of both stacks, each one graph. The embedding and the plans stay as they are: they depend on the data."""
+        for block in (*self.backbone.layers, *self.decoder.layers):
+            block.compile(**({"dynamic": True, "fullgraph": True} | options))
+
     # ---- heads
 
     def c0_logits(self, h: Tensor) -> Tensor:

@@ -439,6 +439,25 @@ def test_every_weight_learns():
     assert dead == []
 
 
+def test_blocks_compile_to_whole_graphs():
+    """fullgraph: a break would raise. One graph serves batches of several lengths."""
+    plain, compiled, graphs = fresh(), fresh(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compiled.compile_blocks(backend=backend)
+    made = []
+    for seed, letters in ((1, 9), (2, 14), (3, 21)):
+        batch = batch_of(plain.cfg, [speak(plain.cfg, 0, letters, 2 * letters, seed)] * 2)
+        losses = [model.loss(batch, generator=torch.Generator().manual_seed(1)) for model in (plain, compiled)]
+        torch.testing.assert_close(losses[1]["c0"][0], losses[0]["c0"][0])
+        torch.testing.assert_close(losses[1]["depth"][0], losses[0]["depth"][0])
+        made.append(len(graphs))
+    losses[1]["depth"][0].backward()
+    assert 2 <= made[0] and made[2] == made[1], made
+
+
 def test_recomputing_keeps_less_and_changes_no_gradient():
     grads, kept = [], []
     for recompute in (False, True):
