@@ -263,6 +263,8 @@ def read(path) -> Official:
         raise ValueError(f"there are no weights at {path}: give a folder or a file of CSM-1B, or its name at the hub (sesame/csm-1b)")
     folder = path if path.is_dir() else path.parent
     config = _json(folder / "config.json")
+    if path.is_dir() and "kind" in config:
+        raise ValueError(f"{path} is a folder of this project already: load it as it is, or write it elsewhere with export_csm")
     tensors = _read_files(weight_files(path, config) if path.is_dir() else [path])
     if any(name.startswith(("backbone_model.", "depth_decoder.")) for name in tensors):
         codec = {name: value for name, value in tensors.items() if name.startswith(CODEC)}

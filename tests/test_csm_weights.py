@@ -283,6 +283,10 @@ def test_a_lost_shard_and_a_damaged_file(folder, tmp_path, capsys):
     assert shards[0].name in refused(capsys, "import_csm", tmp_path, "--output", tmp_path / "x")
 
 
+def test_our_own_folder_is_not_imported(imported, tmp_path, capsys):
+    assert "already" in refused(capsys, "import_csm", imported, "--output", tmp_path / "x")
+
+
 def test_additions_have_no_place_there(tmp_path, capsys):
     model = CSM(dataclasses.replace(model_preset("test")))
     model.init_weights()
