@@ -410,7 +410,8 @@ def save_state(path: Path, run: Run) -> None:
     import runtime
     codec = run.codec
     buffers = {f"{n}.{b}": getattr(getattr(codec, n), b) for n in ("semantic", "acoustic") for b in ("usage", "sums")}
-    state = {"kind": "codec", "format": 1, "config": dataclasses.asdict(codec.cfg), "codec": codec.state_dict(), "ema": buffers,
+    weights = codec.state_dict()                                     # under both names: checkpoint.load_codec reads "model"; the tensors are stored once
+    state = {"kind": "codec", "format": 1, "config": dataclasses.asdict(codec.cfg), "codec": weights, "model": weights, "ema": buffers,
              "reader": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(), "adversary": run.adversary.state_dict() if run.adversary else None,
              "step": run.step, "minutes": run.minutes, "started": run.started, "rng": json.dumps(run.rng.bit_generator.state), "generator": run.generator.get_state(),
              "torch": torch.get_rng_state(), "cuda": runtime.rng_state()["cuda"], "train": dataclasses.asdict(run.cfg)}
@@ -468,6 +469,8 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
     sizes = f"{sum(p.numel() for p in run.codec.parameters()) / 1e6:.1f} M parameters" + (
         f", discriminators {sum(p.numel() for p in run.adversary.nets.parameters()) / 1e6:.1f} M" if run.adversary else "")
     print(f"codec: {sizes}, {run.data.hours:.2f} h of speech, from step {run.step}")
+    if not cfg.resume:
+        set_aside(run.output)
     stop_on_signals(run)
     metrics = runtime.MetricsLog(run.output, dataclasses.asdict(cfg) | runtime.run_manifest(), cfg.wandb, run.step + 1 if run.step else 0)
     bar = tqdm(total=cfg.max_steps if not cfg.minutes else None, initial=run.step, unit="step", mininterval=10)
@@ -497,6 +500,14 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
     runtime.write_json(run.output / "run.json", runtime.run_manifest() | {"steps": run.step, "minutes": run.minutes, "hours": run.data.hours})
     print(f"saved {run.output / 'last.pt'} at step {run.step}" + ("; go on with --resume" if run.interrupted else ""))
     return 0
+
+
+def set_aside(output: Path) -> None:
+    """Move what an earlier run left in `output` to output/previous: a new run must not write over it."""
+    for name in ("last.pt", "metrics.jsonl", "loss.png"):
+        if (output / name).exists():
+            (output / "previous").mkdir(exist_ok=True)
+            (output / name).replace(output / "previous" / name)
 
 
 def stop_on_signals(run: Run) -> None:

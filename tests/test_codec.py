@@ -210,6 +210,20 @@ def test_decoder_only_leaves_the_codes(data, tmp_path):
     assert not torch.equal(sounds[0], sounds[1]) and not torch.equal(sounds[1], sounds[2]), "the discriminators must move the decoder"
 
 
+def test_a_training_file_is_the_codec_that_is_exported(data, tmp_path):
+    """load_codec takes the file itself; a new run in the same folder sets the old file aside."""
+    from checkpoint import load_codec
+    cfg = settings(data, tmp_path / "a", max_steps=2)
+    train_codec.train(cfg, TINY)
+    train_codec.export(str(tmp_path / "a" / "last.pt"), str(tmp_path / "folder"))
+    codec, exported = load_codec(tmp_path / "a" / "last.pt"), load_codec(tmp_path / "folder")
+    assert codec.fingerprint == exported.fingerprint
+    assert codec.encode(noise(4000)).equal(exported.encode(noise(4000)))
+    old = (tmp_path / "a" / "last.pt").read_bytes()
+    train_codec.train(dataclasses.replace(cfg, init_from=str(tmp_path / "a" / "last.pt"), seed=5), TINY)
+    assert (tmp_path / "a" / "previous" / "last.pt").read_bytes() == old != (tmp_path / "a" / "last.pt").read_bytes()
+
+
 def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch):
     step = train_codec.train_step
 
