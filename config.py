@@ -356,7 +356,12 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema: float = 0.999                # 0 switches the averaged copy off
     precision: str = "bf16"           # bf16 | fp32
-    compile: bool = False
+    compile: bool = False             # torch.compile of every block: slower to start, faster where there is a GPU
+    recompute: bool = False           # keep less for the backward pass and compute it again (medium and large do it anyway)
+    parallel: str = "auto"            # several ranks: auto (by the memory plan) | ddp | fsdp
+    dry_run: bool = False             # say how the run would be spread over --ranks of --gpu_memory_gb each, and stop
+    ranks: int = 0                    # dry run: processes to pretend; 0: those there are
+    gpu_memory_gb: float = 0.0        # memory the plan may use per rank; 0: what the device has
     lexicon_words: int = 64           # words per step for the letter-to-phone loss; 0: none
     eval_every: int = 250
     eval_batches: int = 8
@@ -374,6 +379,8 @@ class TrainConfig:
         _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
         _require(self.max_steps > 0 and self.accumulate > 0, "max_steps and accumulate must be positive: change --max_steps")
+        _require(self.parallel in ("auto", "ddp", "fsdp"), f"parallel {self.parallel!r}: use --parallel auto|ddp|fsdp")
+        _require(self.ranks >= 0 and self.gpu_memory_gb >= 0, "ranks and gpu_memory_gb must be at least 0: change --ranks or --gpu_memory_gb")
 
 
 @dataclass
@@ -401,7 +408,7 @@ class CodecTrainConfig:
     adversarial: float = 0.0          # weight of what the discriminators say; 0: there are none
     adversarial_start: int = 0        # step from which they learn; their weight grows from 0 over the next 500 steps
     adversarial_seconds: float = 0.48  # part of each crop that they see
-    discriminator_lr: float = 2e-4
+    discriminator_lr: float = 5e-4
     discriminator_width: int = 16
     discriminator_phase: bool = False  # they see phase too: for a decoder that can shape it, which a source-filter synthesiser cannot
     predicted_pitch: float = 0.0      # share of crops whose decoder is driven by the pitch it predicts, as when decoding; 0: all by the measured one

@@ -2,7 +2,7 @@
 
     python train_codec.py --data data/synthetic --minutes 40
     python train_codec.py --resume checkpoints/codec/last.pt
-    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 0.2 --predicted_pitch 0.3 --lr 3e-4 --output checkpoints/decoder
+    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 1 --predicted_pitch 0.3 --lr 3e-4 --output checkpoints/decoder
     python train_codec.py --export pretrained/codec --resume checkpoints/codec/last.pt
 
 The data folder is one that collect_data.py wrote (audio per turn, phone times). Pitch is measured with WORLD.
