@@ -469,6 +469,7 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
     sizes = f"{sum(p.numel() for p in run.codec.parameters()) / 1e6:.1f} M parameters" + (
         f", discriminators {sum(p.numel() for p in run.adversary.nets.parameters()) / 1e6:.1f} M" if run.adversary else "")
     print(f"codec: {sizes}, {run.data.hours:.2f} h of speech, from step {run.step}")
+    held_out(run)                       # labelled in processes of its own: before torch has threads, and before hours are spent
     if not cfg.resume:
         set_aside(run.output)
     stop_on_signals(run)
