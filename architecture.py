@@ -476,7 +476,7 @@ class CSM(nn.Module):
 
     def remember(self, history: FrameBatch) -> Slots:
         """Encode earlier turns to slots, with gradient: the newest max_slots turns of each row."""
-        h = self(history)
+        h = self._encode(history)[0]                                           # not self(): wrappers count forward passes
         valid = history.turn >= 0
         first = torch.where(valid, history.turn, torch.iinfo(torch.long).max).min(1, keepdim=True).values
         M = int(torch.where(valid, history.turn - first, 0).max()) + 1
@@ -566,7 +566,8 @@ class CSM(nn.Module):
         out["c0"] = F.cross_entropy(logits, codes[:, 0], reduction="sum"), n
         metrics["c0_accuracy"] = (logits.detach().argmax(-1) == codes[:, 0]).sum(), n
         if n == 0:                                                             # a batch without a voice trains the rest
-            out["depth"] = logits.sum(), 0
+            unheard = self._depth_hidden(h.new_zeros(1, h.shape[1]), codes.new_zeros(1, K))      # ranks that share weights do the same in the same order
+            out["depth"] = logits.sum() + 0 * unheard.sum(), 0
             return
         m = max(1, int(n * self.cfg.depth_fraction))
         pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device)

@@ -60,6 +60,7 @@ from safetensors.torch import load as load_tensors, load_file  # noqa: E402
 from torch import Tensor, nn     # noqa: E402
 
 import csm_weights               # noqa: E402
+import parallel                  # noqa: E402
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -327,6 +328,8 @@ def find_weights(path) -> Path:
 
 def _read_model(path: Path) -> tuple[dict[str, Tensor], dict]:
     """float32 tensors and config of one of our folders or training files."""
+    if (path / parallel.RUN).is_file():
+        return parallel.read_shards(path), load_training(path / parallel.RUN, "csm-shards")
     if path.is_dir():
         tensors, about = _read_folder(path, "csm")
         return _unpack(tensors), about

@@ -489,6 +489,9 @@ class ConversationDataset:
             self.pool_stage = stage or self.pool_stage
         if self._pool is None:
             self._pool = self._make_pool(self.pool_number, self.pool_stage)
+            if self.place * self.ranks.world_size >= len(self._pool):        # another number of ranks padded it otherwise
+                self._next_pool()
+                self._pool = self._make_pool(self.pool_number, self.pool_stage)
         windows = self._pool[self.place * self.ranks.world_size + self.ranks.rank]
         self.place += 1
         if self.place * self.ranks.world_size >= len(self._pool):
@@ -519,10 +522,11 @@ class ConversationDataset:
         return 1 - self.used / self.padded if self.padded else 0.0
 
     def state_dict(self) -> dict:
-        return {"pool": self.pool_number, "place": self.place, "max_context": self.pool_stage.max_context, "max_seconds": self.pool_stage.max_seconds}
+        return {"pool": self.pool_number, "place": self.place, "ranks": self.ranks.world_size, "max_context": self.pool_stage.max_context, "max_seconds": self.pool_stage.max_seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.pool_number, self.place, self._pool = state["pool"], state["place"], None
+        self.pool_number, self._pool = state["pool"], None
+        self.place = state["place"] * state.get("ranks", self.ranks.world_size) // self.ranks.world_size      # the same place for more or fewer ranks
         self.pool_stage = Stage(state["max_context"], state["max_seconds"])
 
 

@@ -349,6 +349,21 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def share(self, value):
+        """The first rank's value (plain data) on every rank."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+            box = [value]
+            dist.broadcast_object_list(box)
+            return box[0]
+        return value
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+            dist.barrier()
+
 
 def start_distributed(device=None) -> Ranks:
     """Join the process group that torchrun's environment describes (nccl on CUDA, else gloo)."""

@@ -4,6 +4,7 @@
     python train.py --from_scratch --minutes 60              # an hour on this machine
     python train.py --resume checkpoints/last.pt             # exactly where it stopped, with its own settings
     torchrun --nproc_per_node 8 train.py --model_size small  # one process per GPU
+    python train.py --model_size large --dry_run --ranks 64 --gpu_memory_gb 80      # how that would be spread
 
 Writes checkpoints/last.pt and best_model.pt (by validation loss, averaged weights inside), metrics.jsonl,
 loss.png and samples/. Order of the loop: validate, sample, save, stop, step, log.
@@ -11,6 +12,7 @@ loss.png and samples/. Order of the loop: validate, sample, save, stop, step, lo
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import sys
@@ -18,7 +20,7 @@ import time
 from argparse import SUPPRESS
 from pathlib import Path
 
-from config import ModelConfig, Parser, TrainConfig, add_flags, count_parameters, from_dict, from_flags, model_preset, to_dict
+from config import ModelConfig, Parser, TrainConfig, add_flags, count_parameters, from_dict, from_flags, model_preset, to_dict, training_bytes
 from runtime import Ranks, plain_errors
 
 LARGE, CPU_POSITIONS = 100e6, 1024          # a CPU trains models of more parameters than this on smaller batches, unless told otherwise
@@ -40,6 +42,7 @@ import torch                     # noqa: E402
 from torch import Tensor, nn     # noqa: E402
 from tqdm import tqdm            # noqa: E402
 
+import parallel                  # noqa: E402
 import runtime                   # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
 from checkpoint import check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
@@ -59,26 +62,123 @@ def read_settings(argv) -> tuple[TrainConfig, dict | None]:
         if "batch_positions" not in given and runtime.pick_device(cfg.device).type == "cpu" and count_parameters(model_preset(cfg.model_size))["total"] > LARGE:
             cfg.batch_positions = CPU_POSITIONS
         return cfg, None
-    saved = load_training(cfg.resume)
+    saved = read_run(Path(cfg.resume))
     size = saved["train_config"]["model_size"]
     if given.get("model_size", size) != size:
         raise ValueError(f"{cfg.resume} is a run of --model_size {size}: leave out --model_size, or start anew without --resume")
     return from_dict(TrainConfig, saved["train_config"] | given), saved
 
 
+def read_run(path: Path) -> dict:
+    """A training file; or what lies beside the shares of a sharded checkpoint, whose folder is then "shards"."""
+    if not path.is_dir():
+        return load_training(path)
+    return load_training(path / parallel.RUN, "csm-shards") | {"shards": str(path)}
+
+
+def start_of(cfg: TrainConfig) -> Path | None:
+    """Weights that a new run begins with; None: from scratch."""
+    shipped = find(cfg.init_from or f"pretrained/{cfg.model_size}")
+    return shipped if not cfg.from_scratch and (cfg.init_from or shipped.exists()) else None
+
+
+def model_config(cfg: TrainConfig, saved: dict | None) -> ModelConfig:
+    """What the model will be, as cheaply as it can be known."""
+    start = None if saved is not None else start_of(cfg)
+    if saved is not None:
+        return from_dict(ModelConfig, saved["config"])
+    if start is None:
+        return model_preset(cfg.model_size)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):         # not a folder of ours
+        return from_dict(ModelConfig, json.loads((start / "config.json").read_text(encoding="utf-8"))["config"])
+    return load_model(start).cfg
+
+
 def build_model(cfg: TrainConfig, saved: dict | None, codec_fingerprint: str) -> tuple[CSM, str]:
-    """The model to train, and a plain word on where its weights come from."""
+    """The model to train, and a plain word on where its weights come from (those of a sharded checkpoint are read later)."""
     if saved is not None:
         check_codec(cfg.resume, saved["codec_fingerprint"], codec_fingerprint)
         model = CSM(from_dict(ModelConfig, saved["config"]))
-        model.load_state_dict(saved["model"])
-        return model.train(), f"resumed from {cfg.resume} at step {saved['step']}"
-    shipped = find(cfg.init_from or f"pretrained/{cfg.model_size}")
-    if not cfg.from_scratch and (cfg.init_from or shipped.exists()):
-        return load_model(shipped, codec_fingerprint=codec_fingerprint).train(), f"starting from {shipped}"
+        if "shards" not in saved:
+            model.load_state_dict(saved["model"])
+        return model, f"resumed from {cfg.resume} at step {saved['step']}"
+    if shipped := start_of(cfg):
+        return load_model(shipped, codec_fingerprint=codec_fingerprint), f"starting from {shipped}"
     model = CSM(model_preset(cfg.model_size))
     model.init_weights(torch.Generator().manual_seed(cfg.seed), open_gates=True)
-    return model.train(), "starting from scratch"
+    return model, "starting from scratch"
+
+
+def on_meta(model_cfg: ModelConfig) -> CSM:
+    with torch.device("meta"):
+        return CSM(model_cfg)
+
+
+# ----------------------------------------------------------------------------- spreading over ranks
+
+def memory_needs(cfg: TrainConfig, model_cfg: ModelConfig, gpus: int) -> dict[str, int]:
+    """config.training_bytes of this run: its positions, its average, its optimisers."""
+    needs = training_bytes(model_cfg, cfg.batch_positions, gpus, cfg.recompute or model_cfg.recompute)
+    del needs["total"]
+    if cfg.ema <= 0:
+        needs["average"] = 0
+    if cfg.muon_lr <= 0:
+        needs["optimiser"] = 2 * needs["weights"]
+    return needs
+
+
+def plan_run(cfg: TrainConfig, model_cfg: ModelConfig, ranks: int, device: torch.device) -> parallel.Plan:
+    """How this run is spread. ValueError with the flag to change where it fits nowhere."""
+    if cfg.dry_run and not cfg.gpu_memory_gb:
+        raise ValueError("a dry run needs the memory of one GPU: add --gpu_memory_gb 80 (and --ranks 64, say)")
+    memory = cfg.gpu_memory_gb * 1e9 or parallel.device_bytes(device)
+    host = None if cfg.dry_run else parallel.device_bytes(torch.device("cpu"))
+    return parallel.choose(lambda gpus: memory_needs(cfg, model_cfg, gpus), ranks, memory, host, cfg.parallel)
+
+
+def blocks_of(model: CSM) -> list[nn.Module]:
+    return [*model.backbone.layers, *model.decoder.layers]
+
+
+def unheard(batch: FrameBatch) -> FrameBatch:
+    """A history of padding alone: ranks that share weights must run the same blocks forward and backward, whatever their batch."""
+    one, frames, mask = batch.turn.new_full((batch.B, 1), -1), torch.zeros_like(batch.frames[:, :1]), torch.zeros_like(batch.mask[:, :1])
+    mask[..., -1] = True                                     # embedded, so that gradients reach back through every block, but never looked at
+    return FrameBatch(frames, mask, one, one, one)
+
+
+class Objective(nn.Module):
+    """CSM.loss as a module's forward, which PyTorch's wrappers need.
+
+    Our loss is a sum divided by the targets of all micro-batches and ranks; both wrappers take the mean of the
+    gradients over ranks, hence the factor `ranks`. touch_all: every parameter outside the blocks gets a gradient (of 0
+    where this batch does not use it), since FSDP's ranks must reduce the same ones.
+    """
+
+    def __init__(self, model: CSM, ranks: int = 1, touch_all: bool = False):
+        super().__init__()
+        self.model, self.ranks, self.touch_all = model, ranks, touch_all
+
+    def forward(self, batch, history, words, generator, counts: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """-> loss to run backward on, sums (terms,) of the terms in the order of counts."""
+        terms = self.model.loss(batch, history, words, generator)
+        loss = weighted_loss(terms, counts, self.model.cfg.loss_weights) * self.ranks
+        if self.touch_all:
+            loss = loss + sum(0 * p.sum() for n, p in self.model.named_parameters() if not n.startswith(("backbone.layers.", "decoder.layers.")))
+        return loss, torch.stack([terms[n][0].detach().double() for n in counts])
+
+
+def dry_run(cfg: TrainConfig, model_cfg: ModelConfig) -> None:
+    """Say how the run would be spread, and shard it for real on the meta device where it would be sharded."""
+    ranks = cfg.ranks or 1
+    plan = plan_run(cfg, model_cfg, ranks, torch.device("cpu"))
+    model = on_meta(model_cfg)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{model_cfg.name}: {total / 1e9:.3f} B parameters; {plan.say()}")
+    if plan.sharded:
+        held = parallel.rehearse(model, blocks_of(model), plan)
+        print(f"rehearsed on the meta device: rank 0 of {ranks} holds {held['numbers']:,} numbers ({held['numbers'] / total * ranks:.3f} of an even share) "
+              f"of {held['tensors']} tensors in {held['groups']} groups")
 
 
 # ----------------------------------------------------------------------------- optimisers
@@ -118,13 +218,13 @@ class Average:
         self.decay, self.count = decay, 0
         self.names = [n for n, _ in model.named_parameters()]
         self.live = [p for _, p in model.named_parameters()]
-        self.values = [p.detach().clone() for p in self.live] if decay > 0 else []
+        self.values = [p.detach().clone() for p in self.live] if decay > 0 else []          # shares of a sharded model
 
     @torch.no_grad()
     def update(self) -> None:
         if self.values:
             decay = min(self.decay, (1 + self.count) / (10 + self.count))
-            torch._foreach_lerp_(self.values, [p.detach() for p in self.live], 1 - decay)
+            torch._foreach_lerp_([parallel.local(v) for v in self.values], [parallel.local(p.detach()) for p in self.live], 1 - decay)
             self.count += 1
 
     @contextlib.contextmanager
@@ -138,7 +238,14 @@ class Average:
 
     def _swap(self) -> None:
         for i, parameter in enumerate(self.live if self.values else ()):
-            parameter.data, self.values[i] = self.values[i], parameter.data
+            value = self.values[i]
+            if parallel.local(value) is value:
+                parameter.data, self.values[i] = value, parameter.data
+            else:                                            # the wrapper holds on to the memory of its shares
+                ours, theirs = parallel.local(value), parallel.local(parameter.detach())
+                kept = theirs.clone()
+                theirs.copy_(ours)
+                ours.copy_(kept)
 
     def state(self) -> dict:
         return {"weights": dict(zip(self.names, self.values)) if self.values else None, "count": self.count}
@@ -220,8 +327,7 @@ class Trainer:
             runtime.keep_freed_memory()
         runtime.set_seed(cfg.seed + ranks.rank)
         self.codec_fingerprint = read_index(cfg.data)["codec_fingerprint"]
-        self.model, self.origin = build_model(cfg, saved, self.codec_fingerprint)
-        self.model.to(self.device)
+        self._build(saved)
         self.curriculum = self.origin == "starting from scratch" if saved is None else saved["curriculum"]
         self.lr_scale = 1.0 if self.curriculum else cfg.init_lr_scale
         self.weights = self.model.cfg.loss_weights
@@ -239,17 +345,56 @@ class Trainer:
         self.first_step, self.interrupted = self.step, False
         self.saved_step, self.saved_minutes = -1, self.minutes
         if cfg.compile:
-            self.model.backbone.compile(dynamic=True)
-            self.model.decoder.compile(dynamic=True)
+            for block in blocks_of(self.model):
+                block.compile(dynamic=True)
+
+    def _build(self, saved: dict | None) -> None:
+        """The model on its device, spread as the memory plan says; self.objective computes its loss."""
+        cfg, first = self.cfg, model_config(self.cfg, saved)
+        self.plan = plan_run(cfg, first, self.ranks.world_size, self.device)
+        shards = saved is not None and "shards" in saved
+        if self.plan.sharded and saved is not None and not shards:
+            raise ValueError(f"{cfg.resume} was written by ranks that each held the whole model: resume it with --parallel ddp, or start from its weights with --init_from")
+        if self.plan.sharded and (shards or not self.ranks.main):
+            check_codec(cfg.resume, saved and saved["codec_fingerprint"], self.codec_fingerprint)
+            self.model, self.origin = on_meta(first), f"resumed from {cfg.resume} at step {saved['step']}" if shards else ""
+        else:
+            self.model, self.origin = build_model(cfg, saved, self.codec_fingerprint)
+        self.origin = self.ranks.share(self.origin)
+        if self.plan.sharded:
+            self._shard(fill=not shards)
+        self.model.cfg.recompute |= cfg.recompute
+        if not self.plan.sharded:
+            self.model.to(self.device)
+        self.model.train()
+        self.objective = Objective(self.model, self.ranks.world_size, touch_all=self.plan.sharded)
+        if self.plan.kind == "ddp":
+            self.objective = parallel.whole_on_every_rank(self.objective)
+
+    def _shard(self, fill: bool) -> None:
+        whole = self.model.state_dict() if fill and self.ranks.main else {}
+        self.model = on_meta(self.model.cfg)
+        parallel.shard(self.model, blocks_of(self.model), self.plan, self.device, self.cfg.precision == "bf16")
+        if fill:
+            parallel.fill(self.model, whole, self.device, self.plan.offload)
+        else:
+            self.model.to_empty(device="cpu" if self.plan.offload else self.device)
 
     def _restore(self, saved: dict) -> None:
-        for optimiser, state in zip(self.optimisers, saved["optimizer"]):
-            optimiser.load_state_dict(state)
-        self.average.load(saved["ema"], saved["ema_count"])
+        if "shards" in saved:
+            parallel.load_shards(Path(saved["shards"]), self.model, self.optimisers, self.average.state()["weights"] or {})
+            self.average.count = saved["ema_count"]
+        else:
+            for optimiser, state in zip(self.optimisers, saved["optimizer"]):
+                optimiser.load_state_dict(state)
+            self.average.load(saved["ema"], saved["ema_count"])
         self.step, self.minutes, self.best, self.validation = saved["step"], saved["minutes"], saved["best"], saved["validation"]
         self.loader_state = saved["loader"]
         self.data.load_state_dict(saved["loader"])
-        runtime.set_rng_state(saved["rng"])
+        if self.ranks.world_size == 1:
+            runtime.set_rng_state(saved["rng"])
+        else:                                                # the file has the first rank's alone; only dropout draws from it
+            runtime.set_seed(_mix(self.cfg.seed, self.step, self.ranks.rank))
 
     # ---- where the run stands
 
@@ -280,6 +425,8 @@ class Trainer:
             batch, history, self.loader_state = self.next_batch()
             seed = _mix(self.cfg.seed, self.step, number * self.ranks.world_size + self.ranks.rank)      # one rank with more micro-batches draws the same
             words = self.lexicon and self.lexicon.draw(self.cfg.lexicon_words, torch.Generator().manual_seed(seed))
+            if self.plan.sharded and history is None and self.data.p_history > 0:
+                history = unheard(batch)
             drawn.append((batch.to(self.device), history and history.to(self.device),
                           words and tuple(w.to(self.device) for w in words), torch.Generator().manual_seed(seed)))
         return drawn
@@ -294,34 +441,22 @@ class Trainer:
     def gradients(self) -> dict[str, float]:
         """Forward and backward of one step; returns the mean of each loss term over its valid targets, and "loss"."""
         drawn = self._draw()
-        counts, sums = self._counts(drawn), {}
-        for batch, history, words, generator in drawn:
-            with runtime.autocast(self.device, self.cfg.precision):
-                terms = self.model.loss(batch, history, words, generator)
-                loss = weighted_loss(terms, counts, self.weights)
+        counts, sums = self._counts(drawn), 0.0
+        for number, (batch, history, words, generator) in enumerate(drawn, start=1):
             self.last_batch = batch, history, words
-            self._require_finite(loss, "loss")
-            loss.backward()
-            for name in counts:
-                sums[name] = sums.get(name, 0.0) + terms[name][0].detach().double()
-        self._share_gradients()
-        total = self.ranks.sum(torch.stack([sums[n] for n in counts])).tolist()
+            with parallel.without_sync(self.objective, number < len(drawn)):
+                with runtime.autocast(self.device, self.cfg.precision):
+                    loss, part = self.objective(batch, history, words, generator, counts)
+                self._require_finite(loss, "loss")
+                loss.backward()
+            sums = sums + part
+        total = self.ranks.sum(sums).tolist()
         means = {n: value / max(1.0, counts[n]) for n, value in zip(counts, total)}
         return {"loss": sum(self.weights.get(n, 0.0) * v for n, v in means.items())} | means
 
-    def _share_gradients(self) -> None:
-        """Sum of the gradients over ranks: the loss was divided by the targets of all of them."""
-        if self.ranks.world_size > 1:
-            for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            flat = torch.cat([p.grad.reshape(-1) for p in self.model.parameters()])
-            self.ranks.sum(flat)
-            for parameter, part in zip(self.model.parameters(), flat.split([p.numel() for p in self.model.parameters()])):
-                parameter.grad.copy_(part.view_as(parameter))
-
     def update(self) -> tuple[float, float]:
         """Clip, check, step; returns the gradient norm and the factor of the schedule."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        norm = parallel.full(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf))
         self._require_finite(norm, "gradient norm")
         factor = self.lr_scale * runtime.cosine_lr(self.step, self.cfg.max_steps, self.cfg.warmup_steps, self.cfg.min_lr_ratio, self.progress)
         for optimiser in self.optimisers:
@@ -358,6 +493,7 @@ class Trainer:
                 for name, (value, count) in (terms | metrics).items():
                     entry = sums.setdefault(name, [0.0, 0.0])
                     entry[0], entry[1] = entry[0] + float(value), entry[1] + float(count)
+            parallel.scatter(self.model)                                     # what was gathered are averaged weights
         self.model.train()
         means = {name: value / count for name, (value, count) in sums.items() if count}
         depth = [means.pop(f"depth_{k}") for k in range(1, self.model.cfg.num_codebooks) if f"depth_{k}" in means]
@@ -366,15 +502,24 @@ class Trainer:
         return self.validation
 
     def save(self) -> Path:
-        """Write last.pt, with everything an exact resume needs."""
-        average = self.average.state()
-        path = save_training(
-            Path(self.cfg.output) / "last.pt", kind="csm", config=to_dict(self.model.cfg), model=self.model.state_dict(),
-            ema=average["weights"], ema_count=average["count"], optimizer=[o.state_dict() for o in self.optimisers],
-            step=self.step, minutes=self.minutes, best=self.best, validation=self.validation, curriculum=self.curriculum,
-            loader=self.loader_state, rng=runtime.rng_state(), codec_fingerprint=self.codec_fingerprint, train_config=to_dict(self.cfg))
+        """Write last.pt (or the folder behind last.dcp, when sharded), with everything an exact resume needs."""
+        average, output = self.average.state(), Path(self.cfg.output)
+        about = {"ema_count": average["count"], "step": self.step, "minutes": self.minutes, "best": self.best, "validation": self.validation,
+                 "curriculum": self.curriculum, "loader": self.loader_state, "rng": runtime.rng_state(), "codec_fingerprint": self.codec_fingerprint,
+                 "train_config": to_dict(self.cfg), "config": to_dict(self.model.cfg)}
+        if self.plan.sharded:
+            path = parallel.save_shards(output / f"step{self.step:06d}{parallel.SUFFIX}", self.model, self.optimisers, average["weights"] or {}, self.ranks,
+                                        lambda file: save_training(file, kind="csm-shards", model={}, **about))
+            self._point("last", path)
+        else:
+            path = save_training(output / "last.pt", kind="csm", model=self.model.state_dict(), ema=average["weights"],
+                                 optimizer=[o.state_dict() for o in self.optimisers], **about)
         self.saved_step, self.saved_minutes = self.step, self.minutes
         return path
+
+    def _point(self, name: str, folder: Path) -> None:
+        if self.ranks.main:
+            parallel.point(Path(self.cfg.output) / (name + parallel.SUFFIX), folder)
 
     def save_or_say(self, must: bool) -> bool:
         """Save; where that fails (full disk) say so and go on, unless `must`: the file before is whole and the next save may have room."""
@@ -390,17 +535,19 @@ class Trainer:
 
     def save_if_best(self) -> None:
         """best_model.pt is last.pt of the moment with the lowest validation loss: one file under two names."""
-        before = self.best
-        if self.validation["loss"] < self.best:
+        before, better = self.best, self.validation["loss"] < self.best
+        if self.ranks.share(better) if self.plan.sharded else better:            # sharded: every rank writes, or none
             self.best = self.validation["loss"]
-            if self.save_or_say(must=self.progress >= 1):
-                link_file(Path(self.cfg.output) / "last.pt", Path(self.cfg.output) / "best_model.pt")
-            else:
+            if not self.save_or_say(must=self.progress >= 1):
                 self.best = before
+            elif self.plan.sharded:
+                self._point("best_model", Path(self.cfg.output) / f"step{self.step:06d}{parallel.SUFFIX}")
+            else:
+                link_file(Path(self.cfg.output) / "last.pt", Path(self.cfg.output) / "best_model.pt")
 
     def speak_samples(self) -> list[Path]:
-        """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing."""
-        if not find(self.cfg.codec).exists():
+        """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing or no rank has the whole model."""
+        if self.plan.sharded or not find(self.cfg.codec).exists():
             return []
         from audio_io import write_audio
         from checkpoint import load_codec
@@ -437,7 +584,7 @@ class Trainer:
                     self._evaluate(keep=self.step > self.first_step)
                 if (last or self.due(cfg.sample_every)) and main and not self.interrupted:
                     self.speak_samples()
-                if main and (self.due_to_save() or (stop and self.saved_step != self.step)):
+                if (main or self.plan.sharded) and (self.due_to_save() or (stop and self.saved_step != self.step)):
                     self.save_or_say(must=stop)
                 if stop:
                     break
@@ -454,12 +601,11 @@ class Trainer:
     def _evaluate(self, keep: bool) -> None:
         """Every rank validates (same batches, same result); the first one writes."""
         values = self.validate()
-        if not self.ranks.main:
-            return
-        self.metrics.log(self.step, kind="validation", minutes=self.minutes, **{f"validation_{k}": v for k, v in values.items()})
-        text = "  ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float))
-        tqdm.write(f"step {self.step}: validation {text}" + (f"  (ln {self.model.cfg.audio_vocab} = {math.log(self.model.cfg.audio_vocab):.3f})" if not self.step else ""))
-        if keep:
+        if self.ranks.main:
+            self.metrics.log(self.step, kind="validation", minutes=self.minutes, **{f"validation_{k}": v for k, v in values.items()})
+            text = "  ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float))
+            tqdm.write(f"step {self.step}: validation {text}" + (f"  (ln {self.model.cfg.audio_vocab} = {math.log(self.model.cfg.audio_vocab):.3f})" if not self.step else ""))
+        if keep and (self.ranks.main or self.plan.sharded):
             self.save_if_best()
 
     def _step_and_log(self) -> None:
@@ -538,9 +684,11 @@ def stop_on_signals(trainer: Trainer) -> None:
 def announce(trainer: Trainer) -> None:
     cfg, model = trainer.cfg, trainer.model
     million = sum(p.numel() for p in model.parameters()) / 1e6
-    held = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 + (cfg.ema > 0)) / 1e6
+    held = sum(memory_needs(cfg, model.cfg, 1)[part] for part in ("weights", "optimiser", "average")) / 1e6
     print(f"{model.cfg.name}: {million:.1f} M parameters, {trainer.origin}; {trainer.device}, {cfg.precision}; "
-          f"{len(trainer.data.targets)} training turns ({trainer.data.skipped} too long); about {held:.0f} MB for weights, gradients and optimiser", flush=True)
+          f"{len(trainer.data.targets)} training turns ({trainer.data.skipped} too long)\n{trainer.plan.say()}", flush=True)
+    if trainer.plan.memory and trainer.plan.on_device > trainer.plan.memory:
+        print("note: that may be too much for this device: lower --batch_positions or add --recompute if memory runs out", file=sys.stderr)
     if trainer.device.type == "cpu" and not cfg.minutes:
         left = cfg.max_steps - trainer.step
         print(f"roughly {runtime.human_time(left * rough_step_seconds(trainer))} for {left} steps of {cfg.batch_positions} positions; "
@@ -569,6 +717,9 @@ def rough_step_seconds(trainer: Trainer) -> float:
 @plain_errors
 def main(argv=None) -> int:
     cfg, saved = read_settings(argv)
+    if cfg.dry_run:
+        dry_run(cfg, model_config(cfg, saved))
+        return 0
     ranks = runtime.start_distributed(runtime.pick_device(cfg.device))
     try:
         trainer = Trainer(cfg, saved, ranks)
@@ -585,7 +736,7 @@ def main(argv=None) -> int:
         trainer.run()
         if ranks.main:
             done = "interrupted: go on with --resume" if trainer.interrupted else "done:"
-            print(f"{done} {Path(cfg.output) / 'last.pt'} (step {trainer.step}), best validation loss {trainer.best:.4f}")
+            print(f"{done} {Path(cfg.output) / ('last.dcp' if trainer.plan.sharded else 'last.pt')} (step {trainer.step}), best validation loss {trainer.best:.4f}")
         return 130 if trainer.interrupted else 0
     finally:
         runtime.stop_distributed(ranks)
