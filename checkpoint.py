@@ -274,6 +274,7 @@ def link_file(source, target) -> None:
     try:
         os.link(source, temporary)
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)       # renaming does nothing where both names are the same file already
     except OSError:
         with open(source, "rb") as file:
             atomic_write(target, lambda out: _copy(file, out))

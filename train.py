@@ -501,12 +501,12 @@ class Trainer:
         self.validation["per_codebook"] = [means["c0"]] + depth
         return self.validation
 
-    def save(self) -> Path:
-        """Write last.pt (or the folder behind last.dcp, when sharded), with everything an exact resume needs."""
+    def save(self, best: bool = False) -> Path:
+        """Write last.pt (or the folder behind last.dcp, when sharded), with everything an exact resume needs; best: it is to be best_model too."""
         average, output = self.average.state(), Path(self.cfg.output)
         about = {"ema_count": average["count"], "step": self.step, "minutes": self.minutes, "best": self.best, "validation": self.validation,
                  "curriculum": self.curriculum, "loader": self.loader_state, "rng": runtime.rng_state(), "codec_fingerprint": self.codec_fingerprint,
-                 "train_config": to_dict(self.cfg), "config": to_dict(self.model.cfg)}
+                 "train_config": to_dict(self.cfg), "config": to_dict(self.model.cfg), "is_best": best}
         if self.plan.sharded:
             path = parallel.save_shards(output / f"step{self.step:06d}{parallel.SUFFIX}", self.model, self.optimisers, average["weights"] or {}, self.ranks,
                                         lambda file: save_training(file, kind="csm-shards", model={}, **about))
@@ -521,10 +521,10 @@ class Trainer:
         if self.ranks.main:
             parallel.point(Path(self.cfg.output) / (name + parallel.SUFFIX), folder)
 
-    def save_or_say(self, must: bool) -> bool:
+    def save_or_say(self, must: bool, best: bool = False) -> bool:
         """Save; where that fails (full disk) say so and go on, unless `must`: the file before is whole and the next save may have room."""
         try:
-            self.save()
+            self.save(best)
         except ValueError as error:
             if must:
                 raise
@@ -538,12 +538,24 @@ class Trainer:
         before, better = self.best, self.validation["loss"] < self.best
         if self.ranks.share(better) if self.plan.sharded else better:            # sharded: every rank writes, or none
             self.best = self.validation["loss"]
-            if not self.save_or_say(must=self.progress >= 1):
-                self.best = before
-            elif self.plan.sharded:
-                self._point("best_model", Path(self.cfg.output) / f"step{self.step:06d}{parallel.SUFFIX}")
+            if self.save_or_say(self.progress >= 1, best=True):
+                self._name_best()
             else:
-                link_file(Path(self.cfg.output) / "last.pt", Path(self.cfg.output) / "best_model.pt")
+                self.best = before
+
+    def _name_best(self) -> None:
+        output = Path(self.cfg.output)
+        if self.plan.sharded:
+            self._point("best_model", (output / f"last{parallel.SUFFIX}").resolve())
+        else:
+            link_file(output / "last.pt", output / "best_model.pt")
+
+    def settle(self, saved: dict | None) -> None:
+        """Finish what a killed run left: its unfinished files, and the second name of a best model that was saved."""
+        runtime.sweep_unfinished(self.cfg.output)
+        last = Path(self.cfg.output) / ("last" + (parallel.SUFFIX if self.plan.sharded else ".pt"))
+        if saved is not None and saved.get("is_best") and last.exists() and last.resolve() == Path(self.cfg.resume).resolve():
+            self._name_best()
 
     def speak_samples(self) -> list[Path]:
         """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing or no rank has the whole model."""
@@ -725,11 +737,11 @@ def main(argv=None) -> int:
         trainer = Trainer(cfg, saved, ranks)
         if ranks.main:
             announce(trainer)
+        if ranks.main:
+            trainer.settle(saved)
         if trainer.progress >= 1:
             print(f"{cfg.resume} is at step {trainer.step}: this run is over; raise --max_steps (or --minutes) to go on")
             return 0
-        if ranks.main:
-            runtime.sweep_unfinished(cfg.output)
         if saved is None and ranks.main:
             set_aside(Path(cfg.output))
         stop_on_signals(trainer)

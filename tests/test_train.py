@@ -160,6 +160,22 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bits(data, tmp_path):
     assert kills == wanted and runs >= 1
 
 
+def test_killed_between_the_two_names_of_a_best_model(data, tmp_path, monkeypatch):
+    def killed(*paths):
+        raise SystemExit
+    cfg = settings(data, tmp_path, max_steps=2, eval_every=1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "link_file", killed)
+        run(cfg)
+    (tmp_path / "last.pt").rename(tmp_path / "elsewhere.pt")
+    assert not (tmp_path / "best_model.pt").exists()
+    train.Trainer(*train.read_settings(["--resume", str(tmp_path / "elsewhere.pt")])).settle(checkpoint.load_training(tmp_path / "elsewhere.pt"))
+    assert not (tmp_path / "best_model.pt").exists()                          # a file from elsewhere is not this folder's last.pt
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "last.pt")
+    assert train.main(["--resume", str(tmp_path / "last.pt"), "--max_steps", "1"]) == 0
+    assert (tmp_path / "best_model.pt").samefile(tmp_path / "last.pt")
+
+
 def test_a_full_disk_is_survived(data, tmp_path, monkeypatch, capsys):
     """A save that fails half-way costs nothing: the file before it stays whole, training goes on and saves again."""
     write, full = runtime._write_into, []
