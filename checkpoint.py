@@ -205,7 +205,10 @@ def save_codec(codec: nn.Module, folder, **about) -> str:
 
 
 def load_codec(path="pretrained/codec", device="cpu") -> nn.Module:
-    """rvq_tokenizer.Codec in eval mode, from a folder of save_codec. ValueError for anything else."""
+    """rvq_tokenizer.Codec in eval mode, from a folder of save_codec; "mimi" or "mimi:FOLDER" is Kyutai's. ValueError for anything else."""
+    if str(path).split(":")[0] == "mimi":
+        from mimi_codec import load_mimi
+        return load_mimi(path, device)
     from rvq_tokenizer import Codec
     path = find(path)
     if not path.exists():

@@ -48,10 +48,17 @@ COMMANDS = {
     "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
     "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
     "python config.py": ("", ""),
+    "python rvq_tokenizer.py encode my_voice.wav outputs/voice.codes": ("", ""),
+    "python rvq_tokenizer.py info outputs/voice.codes": ("", ""),
+    "python rvq_tokenizer.py decode outputs/voice.codes outputs/voice.wav": ("", ""),
+    "python checkpoint.py import_csm csm-1b --output checkpoints/csm-1b": ("", ""),
+    "python checkpoint.py export_csm checkpoints/csm-1b --format transformers --output checkpoints/csm-1b-transformers": ("", ""),
     "python train.py --max_steps 1000": (f"--max_steps 2 {TINY_TRAIN} checkpoints/again", ""),
     "python train.py --resume checkpoints/last.pt --max_steps 2000": ("--max_steps 3 --output checkpoints/longer", ""),
     "python train.py --model_size tiny --from_scratch": (f"--max_steps 1 {TINY_TRAIN} checkpoints/scratch", ""),
     "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
+    "python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 1 --lr 3e-4 --output checkpoints/decoder":
+        ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
     "python train_codec.py --export checkpoints/codec/pretrained --resume checkpoints/codec/last.pt": ("", ""),
     "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano": ("--output checkpoints/small", ""),
     "python benchmark.py judges": ("--turns 2 --results outputs/R.md", ""),
@@ -83,6 +90,16 @@ def tiny_codec(folder: Path) -> None:
                                  encoder_layers=1, latent_layers=1, decoder_layers=1, num_mels=40)).eval(), folder)
 
 
+def tiny_official_weights(folder: Path) -> None:
+    """A CSM in Sesame's own format, tiny and untrained."""
+    import csm_weights
+    from architecture import CSM
+    from config import OFF, model_preset
+    model = CSM(model_preset("test", **OFF))
+    model.init_weights()
+    csm_weights.write(csm_weights.Official(model.cfg, model.state_dict(), "original"), folder, "original")
+
+
 def this_python_as_environment(venv: Path) -> None:
     """A folder that setup_environment takes for a finished environment; its Python is the one that runs the tests."""
     python = setup_environment.venv_python(venv)
@@ -102,6 +119,7 @@ def house(tmp_path_factory) -> Path:
     for name in ("assets", "examples"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
+    tiny_official_weights(folder / "csm-1b")
     this_python_as_environment(folder / ".venv")
     done = run(folder, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")
     assert done.returncode == 0, done.stdout + done.stderr
