@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from additions import (
     Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, reading_offset, spoken_runs, turn_sums)
 from config import ModelConfig
-from layers import CrossAttention, FoldedStack, KVCache, Packing, RMSNorm, Transformer, pack
+from layers import CrossAttention, FoldedStack, KVCache, Packing, RMSNorm, Transformer, in_pieces, pack
+
+LOGITS = 2 ** 24                        # numbers: a loss over more logits than this makes them in pieces
 
 # ----------------------------------------------------------------------------- data
 
@@ -562,28 +564,39 @@ class CSM(nn.Module):
         source, target = self._before(batch, voice if batch.audio_loss is None else voice & batch.audio_loss)
         codes = batch.frames.flatten(0, 1)[target, :K]                         # (n, K)
         n, h = len(source), h.index_select(0, source)
-        logits = self.c0_logits(h)
-        out["c0"] = F.cross_entropy(logits, codes[:, 0], reduction="sum"), n
-        metrics["c0_accuracy"] = (logits.detach().argmax(-1) == codes[:, 0]).sum(), n
+        loss, hits = self._cross_entropy(self.c0_logits, self.cfg.audio_vocab, h, codes[:, 0])
+        out["c0"], metrics["c0_accuracy"] = (loss, n), (hits, n)
         if n == 0:                                                             # a batch without a voice trains the rest
             unheard = self._depth_hidden(h.new_zeros(1, h.shape[1]), codes.new_zeros(1, K))      # ranks that share weights do the same in the same order
-            out["depth"] = logits.sum() + 0 * unheard.sum(), 0
+            out["depth"] = loss + 0 * unheard.sum(), 0
             return
         m = max(1, int(n * self.cfg.depth_fraction))
         pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device)
         codes = codes[pick]
-        logits = torch.bmm(self._depth_hidden(h.index_select(0, pick), codes), self.audio_head)  # (K - 1, m, V)
-        each = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].T.flatten(), reduction="none").view(K - 1, m).sum(1)
+        hidden = self._depth_hidden(h.index_select(0, pick), codes).transpose(0, 1)             # (m, K - 1, Dd)
+        each, = in_pieces(self._depth_losses, max(1, LOGITS // ((K - 1) * self.cfg.audio_vocab)), hidden, codes)
         out["depth"] = (each * each.new_tensor(self.cfg.depth_weights)).sum(), m * (K - 1)
         for k, value in enumerate(each.detach(), start=1):
             metrics[f"depth_{k}"] = value, m
+
+    def _depth_losses(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor]:
+        """hidden (m, K - 1, Dd), codes (m, K) -> summed loss of each codebook (K - 1,)."""
+        logits = torch.bmm(hidden.transpose(0, 1), self.audio_head)            # (K - 1, m, V)
+        return (F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].T.flatten(), reduction="none").view(logits.shape[:2]).sum(1),)
+
+    @staticmethod
+    def _cross_entropy(head, classes: int, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """h (n, D), target (n,) -> summed loss over head(h) (n, classes), number of hits."""
+        def piece(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(h)
+            return F.cross_entropy(logits, target, reduction="sum"), (logits.detach().argmax(-1) == target).sum()
+        return in_pieces(piece, max(1, LOGITS // classes), h, target)
 
     def _text_loss(self, h, batch, text, out) -> None:
         token = batch.frames[..., -1]
         plain = (token < self.cfg.pad_id) | (token == self.cfg.eot_id)
         source, target = self._before(batch, text & (plain if batch.text_loss is None else batch.text_loss))
-        logits = self.text_logits(h.index_select(0, source))
-        out["text"] = F.cross_entropy(logits, token.flatten()[target], reduction="sum"), len(source)
+        out["text"] = self._cross_entropy(self.text_logits, self.cfg.text_vocab, h.index_select(0, source), token.flatten()[target])[0], len(source)
 
     def _noisy_reading(self, reading: Tensor, generator) -> Tensor:
         """reading (B, S) with some known positions 1 or 2 off while training, as they may be in generation."""

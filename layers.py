@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from config import TransformerConfig
 
@@ -124,6 +125,17 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     if mask is not None:
         scores = scores.add_(mask.to(scores.dtype))
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def in_pieces(function, rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sum of the tensors function(*pieces) over pieces of at most `rows` rows.
+
+    Several pieces are computed one at a time, and again in the backward pass: what function makes inside (logits) is never held for all rows.
+    """
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    pieces = zip(*(t.split(rows) for t in tensors))
+    return tuple(map(sum, zip(*(checkpoint(function, *piece, use_reentrant=False) for piece in pieces))))
 
 
 class Attention(nn.Module):

@@ -204,7 +204,8 @@ def build_optimisers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opt
     else:
         decayed = matrices + decayed
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimisers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8))
+    fused = all(p.device.type == "cuda" for p in model.parameters())
+    optimisers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["base_lr"] = group["lr"]
@@ -345,8 +346,8 @@ class Trainer:
         self.first_step, self.interrupted = self.step, False
         self.saved_step, self.saved_minutes = -1, self.minutes
         if cfg.compile:
-            for block in blocks_of(self.model):
-                block.compile(dynamic=True)
+            torch._dynamo.config.recompile_limit = 64            # two stacks of other widths, training and validation, masks of several kinds
+            self.model.compile_blocks()
 
     def _build(self, saved: dict | None) -> None:
         """The model on its device, spread as the memory plan says; self.objective computes its loss."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import architecture
 import checkpoint
 import runtime
 import train
@@ -264,6 +265,37 @@ def test_a_sixteenth_of_the_frames_stands_for_all(data, tmp_path):
     error = draws.std(0) / len(draws) ** 0.5
     assert bool(((draws.mean(0) - full).abs() < 4 * error).all()) and bool((error < 0.05 * full.abs().clamp(min=1)).all())
     assert bool((draws.std(0) > 1e-3).all())                                  # each draw is another share
+
+
+def test_logits_in_pieces_equal_logits_at_once(data, tmp_path, monkeypatch):
+    """Same losses and gradients, and no head ever makes more logits than the limit (the text head, codebook 0 and the depth decoder)."""
+    trainer = train.Trainer(settings(data, tmp_path))
+    model, batch, made, results = trainer.model, trainer.data.next_batch(train.Stage(3))[0], [], []
+    bmm = torch.bmm
+    for name in ("text_head", "codebook0_head"):
+        getattr(model, name).register_forward_hook(lambda module, x, y: made.append(y.numel()))
+    monkeypatch.setattr(torch, "bmm", lambda a, b: made.append(a.shape[0] * a.shape[1] * b.shape[2]) or bmm(a, b))
+    for limit in (2 ** 24, 7 * 65 * 3):
+        monkeypatch.setattr(architecture, "LOGITS", limit)
+        made.clear()
+        model.zero_grad()
+        terms = model.loss(batch, generator=torch.Generator().manual_seed(0))
+        metrics = terms.pop("metrics")
+        train.weighted_loss(terms, {n: c for n, (_, c) in terms.items()}, model.cfg.loss_weights).backward()
+        results.append(({n: float(v.detach()) for n, (v, _) in (terms | metrics).items()}, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        assert max(made) <= limit and (limit == 2 ** 24 or len(made) > 20)
+    (plain, gradients), (pieces, others) = results
+    assert pieces == pytest.approx(plain, rel=1e-5) and gradients.keys() == others.keys()
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    assert all((others[n] - g).abs().max() < 1e-5 * scale for n, g in gradients.items())
+
+
+def test_compile_reaches_every_block(data, tmp_path, monkeypatch):
+    """What a compiled block computes is tests/test_architecture.py's to show."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self))
+    model = train.Trainer(settings(data, tmp_path, compile=True)).model
+    assert compiled == train.blocks_of(model) and len(compiled) == CFG.backbone.layers + CFG.depth.layers
 
 
 def test_counts_are_those_of_the_loss(data, tmp_path):
