@@ -308,12 +308,12 @@ class Bench:
 
 def bench_codec(args) -> tuple[dict, str]:
     """Test turns, and people's recordings, through the first codebooks, through all, and through other codecs."""
-    import codec_tools
+    import checkpoint
     import evaluation_framework as judge
     import runtime
     import torch
     from tqdm import tqdm
-    codec, peers = codec_tools.load(args.codec, runtime.pick_device(args.device)), find_peers()
+    codec, peers = checkpoint.load_codec(args.codec, runtime.pick_device(args.device)), find_peers()
     turns = [(turns[i]["text"], sound_of(args.data, turns[i])) for turns, i in pick_turns(args.data, args.split, args.turns, args.seed)]
     people = recordings(args.recordings, args.transcripts, args.prompts, args.seed) if args.recordings else []
     synthetic, human = Bench(codec, peers, args.seed), Bench(codec, peers, args.seed)

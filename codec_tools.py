@@ -230,18 +230,10 @@ def work_through(pairs: list[tuple[Path, Path]], seconds: list[float], what: str
     return len(pairs)
 
 
-def load(name, device="cpu") -> nn.Module:
-    """The codec of a --codec flag: a folder or training file of ours, "mimi", or "mimi:FOLDER". Returned in eval mode."""
-    if str(name).split(":")[0] == "mimi":
-        from mimi_codec import load_mimi
-        return load_mimi(name, device)
-    import checkpoint
-    return checkpoint.load_codec(name, device)
-
-
 def open_codec(args) -> nn.Module:
     """The codec of --codec on --device, with --num_codebooks checked."""
-    codec = load(args.codec, runtime.pick_device(args.device))
+    import checkpoint
+    codec = checkpoint.load_codec(args.codec, runtime.pick_device(args.device))
     if args.num_codebooks is not None and not 1 <= args.num_codebooks <= codec.cfg.num_codebooks:
         raise ValueError(f"{args.codec} has {codec.cfg.num_codebooks} codebooks: use --num_codebooks 1 to {codec.cfg.num_codebooks}, not {args.num_codebooks}")
     return codec
