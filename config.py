@@ -342,6 +342,9 @@ class TrainConfig:
     codec: str = "pretrained/codec"
     init_from: str = ""               # weights to start from; empty: the shipped ones of this size where they exist
     from_scratch: bool = False
+    lora: bool = False                # train low-rank adapters only (a voice); writes output/adapter, a few MB
+    lora_rank: int = 8
+    lora_alpha: float = 16.0          # the adapters' change is multiplied by lora_alpha / lora_rank
     init_lr_scale: float = 0.2        # factor on both learning rates when starting from trained weights
     resume: str = ""
     max_steps: int = 100
@@ -379,6 +382,9 @@ class TrainConfig:
         _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
         _require(self.max_steps > 0 and self.accumulate > 0, "max_steps and accumulate must be positive: change --max_steps")
+        _require(not self.lora or (self.lora_rank > 0 and self.lora_alpha > 0), "lora_rank and lora_alpha must be positive: change --lora_rank")
+        _require(not (self.lora and self.from_scratch), "adapters need a trained model below them: leave out --from_scratch or --lora")
+        _require(not (self.lora and self.parallel == "fsdp"), "adapters are trained by ranks that hold the whole model: use --parallel ddp or leave out --lora")
         _require(self.parallel in ("auto", "ddp", "fsdp"), f"parallel {self.parallel!r}: use --parallel auto|ddp|fsdp")
         _require(self.ranks >= 0 and self.gpu_memory_gb >= 0, "ranks and gpu_memory_gb must be at least 0: change --ranks or --gpu_memory_gb")
 
@@ -402,6 +408,7 @@ class CodecTrainConfig:
     grad_clip: float = 1.0
     weight_decay: float = 0.01
     dropout_probability: float = 0.6  # quantiser dropout: share of crops decoded from fewer codebooks
+    sure_codebooks: int = 2           # the first ones, which are never exchanged
     noise_probability: float = 0.5    # share of crops whose later codes are exchanged, as a model would mis-sample them
     augment: float = 0.25             # share of crops with a narrower band, and again with noise
     ema: float = 0.995                # codebook decay

@@ -33,7 +33,6 @@ HELD_OUT_SECONDS = 300          # of validation sound: 3,750 frames
 SAMPLES, SAMPLE_SECONDS = 2, 4  # turns written out to hear and see
 LOSSES = ("mel", "stft", "phones", "f0", "commit", "adversarial", "features", "discriminator")
 ADVERSARIAL_RAMP = 500          # steps over which the discriminators' weight grows
-SURE_LEVELS = 2                 # codebooks from here on may be mis-sampled in training: the words must not need them
 UNKNOWN = 255                   # phone label where nobody knows the phone
 RECORDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
@@ -251,7 +250,7 @@ def quantise(codec, x, cfg: CodecTrainConfig, generator):
         commit = commit + ((z[None] - before - vectors) ** 2).mean()
         sides.append((quantizer, z, codes, sums))
         keep = (torch.arange(offset, offset + quantizer.levels)[:, None] < count[None]).to(z.device, z.dtype)[..., None, None]
-        sure = SURE_LEVELS if offset == 0 else 1
+        sure = cfg.sure_codebooks if offset == 0 else 1
         heard = (missample(vectors, sure, cfg.noise_probability, generator) * keep).sum(0)
         words = heard if words is None else words
         there = (count > offset).to(z.device, z.dtype)[:, None, None]
