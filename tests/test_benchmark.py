@@ -213,8 +213,10 @@ def test_speed_bench_accounts_for_all_of_the_time(data, weights, tmp_path, capsy
 # ----------------------------------------------------------------------------- cards
 
 def test_cards_say_only_what_is_known(weights, tmp_path, capsys):
-    made = run(capsys, "card", "--kind", "nano", "--folder", weights / "nano", "--metrics", tmp_path / "none.jsonl", "--collection", tmp_path / "none.json", "--results", tmp_path / "R.md")
+    made = run(capsys, "card", "--kind", "nano", "--folder", weights / "nano", "--metrics", tmp_path / "none.jsonl", "--collection", tmp_path / "none.json", "--results", tmp_path / "R.md",
+               "--besides", "2 h of prompts (CC-BY-SA-3.0)")
     card = (weights / "nano" / "README.md").read_text()
+    assert card.count("2 h of prompts (CC-BY-SA-3.0)") == 2 and "| besides |" in card
     assert "| data | not measured |" in card and "| steps | not measured |" in card and "Not measured with these weights" in card
     assert "Apache-2.0" in card and "`test`" in card and made["parameters"] > 0
 
