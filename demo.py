@@ -326,14 +326,26 @@ class Lab:
         self.responder = Responder(args.responder, args.responder_command)
         self.given_voices = [read_voice(path) for path in args.voice]
         self.device = pick_device(args.device)
-        self.path = Path(args.checkpoint) if args.checkpoint else checkpoint.default_checkpoint()
+        self.path = self.find_weights(args.checkpoint, args.adapter)
         self.codec = checkpoint.load_codec(args.codec, device=self.device)
         self.model = checkpoint.load_model(self.path, device=self.device, codec_fingerprint=self.codec.fingerprint)
+        if args.adapter:
+            import lora
+            lora.load(self.model, args.adapter)
         self.tokenizer = load_tokenizer(self.model.cfg.tokenizer)
         self.num_codebooks = args.num_codebooks or None
         if self.num_codebooks and not 1 <= self.num_codebooks <= self.model.cfg.num_codebooks:
             raise ValueError(f"--num_codebooks {args.num_codebooks} must be 1..{self.model.cfg.num_codebooks}")
-        self.voices = [{"audio": audio} for audio in self.given_voices] or shipped_voices(ROOT / "pretrained" / "voices")
+        self.voices = [{"audio": audio} for audio in self.given_voices] or ([] if args.adapter else shipped_voices(ROOT / "pretrained" / "voices"))
+
+    @staticmethod
+    def find_weights(given: str, adapter: str) -> Path:
+        """--checkpoint, else what the adapter was trained on, else the default."""
+        import checkpoint
+        if adapter and not given:
+            import lora
+            given = lora.read(adapter)[1]["base"]
+        return Path(given) if given else checkpoint.default_checkpoint()
 
     @property
     def model_name(self) -> str:
@@ -568,6 +580,7 @@ def build_parser() -> config.Parser:
     parser.add_argument("--input", help="JSON file of conversations (batch)")
     parser.add_argument("--output", default="", help="folder for WAV files and results.json (default outputs/demo)")
     parser.add_argument("--checkpoint", default="", help="weights (default: checkpoints/best_model.pt, else the shipped ones)")
+    parser.add_argument("--adapter", default="", help="a voice: folder written by train.py --lora; speaks in it unless --voice is given")
     parser.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec")
     parser.add_argument("--device", default="auto", help="auto|cpu|cuda|mps")
     parser.add_argument("--num_codebooks", type=int, default=0, help="decode only the first N codebooks (default all of the model's)")

@@ -3,6 +3,7 @@
     python train.py --max_steps 100                          # from the shipped weights of this size where there are some
     python train.py --from_scratch --minutes 60              # an hour on this machine
     python train.py --resume checkpoints/last.pt             # exactly where it stopped, with its own settings
+    python train.py --lora --data my_recordings              # a voice: low-rank adapters on the shipped weights
     torchrun --nproc_per_node 8 train.py --model_size small  # one process per GPU
     python train.py --model_size large --dry_run --ranks 64 --gpu_memory_gb 80      # how that would be spread
 
@@ -26,6 +27,7 @@ from runtime import Ranks, plain_errors
 LARGE, CPU_POSITIONS = 100e6, 1024          # a CPU trains models of more parameters than this on smaller batches, unless told otherwise
 EARLY_SHARE, EARLY_SECONDS = 0.3, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
 FRAME_SHARE, OVERHEAD = 0.6, 2.5            # voice positions among all; a step's time over that of its matrix products (both only for a guess)
+ADAPTER_RUN = "csm-adapter"                  # kind of a training file that holds adapters alone
 SAMPLES = ("Hello, how are you today?", "I am so sorry to hear that.", "The bus leaves at seven, so please do not be late.")
 
 
@@ -42,11 +44,12 @@ import torch                     # noqa: E402
 from torch import Tensor, nn     # noqa: E402
 from tqdm import tqdm            # noqa: E402
 
+import lora                      # noqa: E402
 import parallel                  # noqa: E402
 import runtime                   # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
 from checkpoint import check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
-from dataset_pipeline import ConversationDataset, Prefetch, Stage, phone_ids, read_index  # noqa: E402
+from dataset_pipeline import ConversationDataset, Prefetch, Stage, data_folders, phone_ids, read_index  # noqa: E402
 
 
 # ----------------------------------------------------------------------------- settings
@@ -72,7 +75,7 @@ def read_settings(argv) -> tuple[TrainConfig, dict | None]:
 def read_run(path: Path) -> dict:
     """A training file; or what lies beside the shares of a sharded checkpoint, whose folder is then "shards"."""
     if not path.is_dir():
-        return load_training(path)
+        return load_training(path, ADAPTER_RUN) if path.name.endswith(".adapter.pt") else load_training(path)
     return load_training(path / parallel.RUN, "csm-shards") | {"shards": str(path)}
 
 
@@ -98,15 +101,27 @@ def build_model(cfg: TrainConfig, saved: dict | None, codec_fingerprint: str) ->
     """The model to train, and a plain word on where its weights come from (those of a sharded checkpoint are read later)."""
     if saved is not None:
         check_codec(cfg.resume, saved["codec_fingerprint"], codec_fingerprint)
-        model = CSM(from_dict(ModelConfig, saved["config"]))
-        if "shards" not in saved:
+        if cfg.lora:
+            model = with_adapters(cfg, load_model(saved["base"]))
+            model.load_state_dict(model.state_dict() | saved["model"])
+        else:
+            model = CSM(from_dict(ModelConfig, saved["config"]))
+        if not cfg.lora and "shards" not in saved:
             model.load_state_dict(saved["model"])
         return model, f"resumed from {cfg.resume} at step {saved['step']}"
     if shipped := start_of(cfg):
-        return load_model(shipped, codec_fingerprint=codec_fingerprint), f"starting from {shipped}"
+        return with_adapters(cfg, load_model(shipped, codec_fingerprint=codec_fingerprint)), f"starting from {shipped}"
+    if cfg.lora:
+        raise ValueError(f"there are no weights of size {cfg.model_size} to adapt: name some with --init_from")
     model = CSM(model_preset(cfg.model_size))
     model.init_weights(torch.Generator().manual_seed(cfg.seed), open_gates=True)
     return model, "starting from scratch"
+
+
+def with_adapters(cfg: TrainConfig, model: CSM) -> CSM:
+    if cfg.lora:
+        lora.attach(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    return model
 
 
 def on_meta(model_cfg: ModelConfig) -> CSM:
@@ -120,9 +135,11 @@ def memory_needs(cfg: TrainConfig, model_cfg: ModelConfig, gpus: int) -> dict[st
     """config.training_bytes of this run: its positions, its average, its optimisers."""
     needs = training_bytes(model_cfg, cfg.batch_positions, gpus, cfg.recompute or model_cfg.recompute)
     del needs["total"]
+    if cfg.lora:                                             # what is trained is a hundredth
+        needs |= dict.fromkeys(("gradients", "optimiser", "average"), 0)
     if cfg.ema <= 0:
         needs["average"] = 0
-    if cfg.muon_lr <= 0:
+    if cfg.muon_lr <= 0 and not cfg.lora:
         needs["optimiser"] = 2 * needs["weights"]
     return needs
 
@@ -197,6 +214,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 def build_optimisers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices (muon_lr 0: none) and AdamW for the rest; each group remembers its base_lr."""
+    if cfg.lora:                                             # small matrices that begin at zero: AdamW alone
+        adapted = [p for p in model.parameters() if p.requires_grad]
+        return [torch.optim.AdamW([{"params": adapted, "weight_decay": 0.0, "base_lr": cfg.lr}], lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8)]
     matrices, decayed, plain = split_parameters(model)
     optimisers: list[torch.optim.Optimizer] = []
     if cfg.muon_lr > 0:
@@ -217,8 +237,8 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.count = decay, 0
-        self.names = [n for n, _ in model.named_parameters()]
-        self.live = [p for _, p in model.named_parameters()]
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names, self.live = list(learning), list(learning.values())
         self.values = [p.detach().clone() for p in self.live] if decay > 0 else []          # shares of a sharded model
 
     @torch.no_grad()
@@ -336,7 +356,7 @@ class Trainer:
         self.data = ConversationDataset(cfg.data, self.model.cfg, "train", seed=cfg.seed, ranks=ranks, **options)
         held_out = ConversationDataset(cfg.data, self.model.cfg, "validation", seed=0, **options)
         self.validation_batches = held_out.fixed_batches(cfg.eval_batches, cfg.max_context_turns)
-        self.lexicon = load_lexicon(cfg.lexicon_words, self.model.cfg, self.data.tokenizer)
+        self.lexicon = load_lexicon(0 if cfg.lora else cfg.lexicon_words, self.model.cfg, self.data.tokenizer)
         self.optimisers = build_optimisers(self.model, cfg)
         self.average = Average(self.model, cfg.ema)
         self.step, self.minutes, self.best, self.validation = 0, 0.0, math.inf, {}
@@ -362,6 +382,7 @@ class Trainer:
         else:
             self.model, self.origin = build_model(cfg, saved, self.codec_fingerprint)
         self.origin = self.ranks.share(self.origin)
+        self.base = saved["base"] if saved is not None and cfg.lora else cfg.init_from or f"pretrained/{cfg.model_size}"
         if self.plan.sharded:
             self._shard(fill=not shards)
         self.model.cfg.recompute |= cfg.recompute
@@ -508,15 +529,23 @@ class Trainer:
         about = {"ema_count": average["count"], "step": self.step, "minutes": self.minutes, "best": self.best, "validation": self.validation,
                  "curriculum": self.curriculum, "loader": self.loader_state, "rng": runtime.rng_state(), "codec_fingerprint": self.codec_fingerprint,
                  "train_config": to_dict(self.cfg), "config": to_dict(self.model.cfg), "is_best": best}
+        optimisers = [o.state_dict() for o in self.optimisers] if not self.plan.sharded else []
         if self.plan.sharded:
             path = parallel.save_shards(output / f"step{self.step:06d}{parallel.SUFFIX}", self.model, self.optimisers, average["weights"] or {}, self.ranks,
                                         lambda file: save_training(file, kind="csm-shards", model={}, **about))
             self._point("last", path)
+        elif self.cfg.lora:
+            learning = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+            path = save_training(self.last_file, kind=ADAPTER_RUN, model=learning, ema=average["weights"], optimizer=optimisers, base=self.base, **about)
         else:
-            path = save_training(output / "last.pt", kind="csm", model=self.model.state_dict(), ema=average["weights"],
-                                 optimizer=[o.state_dict() for o in self.optimisers], **about)
+            path = save_training(self.last_file, kind="csm", model=self.model.state_dict(), ema=average["weights"], optimizer=optimisers, **about)
         self.saved_step, self.saved_minutes = self.step, self.minutes
         return path
+
+    @property
+    def last_file(self) -> Path:
+        """Where `save` writes."""
+        return Path(self.cfg.output) / ("last" + (parallel.SUFFIX if self.plan.sharded else ".adapter.pt" if self.cfg.lora else ".pt"))
 
     def _point(self, name: str, folder: Path) -> None:
         if self.ranks.main:
@@ -545,16 +574,18 @@ class Trainer:
                 self.best = before
 
     def _name_best(self) -> None:
-        output = Path(self.cfg.output)
         if self.plan.sharded:
-            self._point("best_model", (output / f"last{parallel.SUFFIX}").resolve())
+            self._point("best_model", self.last_file.resolve())
+        elif self.cfg.lora:
+            with self.average.applied():
+                lora.save(self.model, Path(self.cfg.output) / "adapter", self.base, self.codec_fingerprint, step=self.step, validation=self.validation)
         else:
-            link_file(output / "last.pt", output / "best_model.pt")
+            link_file(self.last_file, self.last_file.with_name("best_model.pt"))
 
     def settle(self, saved: dict | None) -> None:
         """Finish what a killed run left: its unfinished files, and the second name of a best model that was saved."""
         runtime.sweep_unfinished(self.cfg.output)
-        last = Path(self.cfg.output) / ("last" + (parallel.SUFFIX if self.plan.sharded else ".pt"))
+        last = self.last_file
         if saved is not None and saved.get("is_best") and last.exists() and last.resolve() == Path(self.cfg.resume).resolve():
             self._name_best()
 
@@ -569,7 +600,7 @@ class Trainer:
         codec, paths = load_codec(self.cfg.codec), []
         check_codec(self.cfg.data, self.codec_fingerprint, codec.fingerprint)
         self.model.eval()
-        with self.average.applied(), torch.inference_mode():
+        with self.average.applied(), torch.inference_mode(), lora.parametrize.cached():
             for number, text in enumerate(SAMPLES):
                 session = Session(self.model, codec.to(self.device), self.data.tokenizer, SamplingConfig(max_seconds=8.0))
                 audio = torch.cat([torch.as_tensor(chunk).flatten().cpu() for chunk in session.speak(0, text)])
@@ -677,7 +708,7 @@ def plot_losses(folder: Path) -> Path | None:
 
 def set_aside(output: Path) -> None:
     """Move what an earlier run left in `output` to output/previous: a new run must not write over it."""
-    for name in ("last.pt", "best_model.pt", "metrics.jsonl", "loss.png"):
+    for name in ("last.pt", "best_model.pt", "last.adapter.pt", "metrics.jsonl", "loss.png"):
         if (output / name).exists():
             (output / "previous").mkdir(exist_ok=True)
             (output / name).replace(output / "previous" / name)
@@ -727,6 +758,12 @@ def rough_step_seconds(trainer: Trainer) -> float:
     return work * (time.monotonic() - start) / (3 * 2 * 1024 ** 3)
 
 
+def trainable(cfg: TrainConfig) -> str:
+    """cfg.data, with folders of bare recordings cut, written down, collected and tokenised."""
+    import recordings
+    return ",".join(str(recordings.prepare(folder, cfg.codec)) if recordings.is_recordings(folder) else folder for folder in data_folders(cfg.data)) or cfg.data
+
+
 @plain_errors
 def main(argv=None) -> int:
     cfg, saved = read_settings(argv)
@@ -735,6 +772,7 @@ def main(argv=None) -> int:
         return 0
     ranks = runtime.start_distributed(runtime.pick_device(cfg.device))
     try:
+        cfg.data = ranks.share(trainable(cfg) if ranks.main else "")
         trainer = Trainer(cfg, saved, ranks)
         if ranks.main:
             announce(trainer)
@@ -749,7 +787,7 @@ def main(argv=None) -> int:
         trainer.run()
         if ranks.main:
             done = "interrupted: go on with --resume" if trainer.interrupted else "done:"
-            print(f"{done} {Path(cfg.output) / ('last.dcp' if trainer.plan.sharded else 'last.pt')} (step {trainer.step}), best validation loss {trainer.best:.4f}")
+            print(f"{done} {trainer.last_file} (step {trainer.step}), best validation loss {trainer.best:.4f}")
         return 130 if trainer.interrupted else 0
     finally:
         runtime.stop_distributed(ranks)

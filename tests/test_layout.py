@@ -18,8 +18,9 @@ RANKS = {"config": 0,
          "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "csm_weights": 3,
          "architecture": 4,
          "checkpoint": 5, "synthetic_conversations": 5,
-         "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "evaluation_framework": 6,
-         "measuring": 7, "train": 7, "train_codec": 7, "demo": 7, "report": 7,
+         "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "evaluation_framework": 6, "lora": 6,
+         "measuring": 7, "recordings": 7, "train_codec": 7, "demo": 7, "report": 7,
+         "train": 8,
          "benchmark_codec": 8, "benchmark": 9}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
