@@ -153,8 +153,8 @@ def _write_shard(path: Path, supervisions: list[dict], data: Path, codec, conten
     audios = list(pool.map(lambda s: read_audio(data / s["custom"]["turn_audio"], codec.cfg.sample_rate), supervisions))
     codes = encode_turns(codec, audios)
     records, consumed, phones = zip(*(_turn_record(s, c, codec.cfg) for s, c in zip(supervisions, codes)))
-    header = {"format": str(TOKENS_FORMAT), "codec_fingerprint": codec.fingerprint, "content": content, "turns": json.dumps(records)}
     tensors = {"codes": torch.cat(codes, 1), "consumed": torch.cat(consumed), "phones": torch.cat(phones)}
+    header = {"format": str(TOKENS_FORMAT), "codec_fingerprint": codec.fingerprint, "content": content, "turns": json.dumps(records), "digest": _digest(tensors)}
     atomic_write(path, tensor_bytes(tensors, metadata=header))
     bar.update(len(supervisions))
 
@@ -250,7 +250,8 @@ def read_index(data) -> dict:
 
 
 def read_turns(data, split: str, tokenizer, codec_fingerprint: str | None = None) -> list[list[Turn]]:
-    """All conversations of a split, each a list of turns in order. ValueError for missing, damaged or foreign shards.
+    """All conversations of a split, each a list of turns in order. Damaged shards are skipped, counted and named on stderr;
+    ValueError where no shard is whole, and for shards of another codec.
 
     data: a folder with tokens/, or several with commas between; all of one codec.
     """
@@ -261,18 +262,49 @@ def read_turns(data, split: str, tokenizer, codec_fingerprint: str | None = None
     index = read_index(data)
     check_codec(f"{data}/tokens", index["codec_fingerprint"], codec_fingerprint)
     conversations: dict[str, list[Turn]] = {}
-    for name in index["splits"][split]["shards"]:
+    names, damaged = index["splits"][split]["shards"], {}
+    for name in names:
         path = Path(data) / "tokens" / name
         try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in ("codes", "consumed", "phones")}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}): run python dataset_pipeline.py again") from None
-        check_codec(path, header.get("codec_fingerprint"), index["codec_fingerprint"])
-        for record, turn in _split_shard(json.loads(header["turns"]), tensors, tokenizer):
+            header, tensors = _read_shard(path)
+            check_codec(path, header.get("codec_fingerprint"), index["codec_fingerprint"])
+            turns = list(_split_shard(json.loads(header["turns"]), tensors, tokenizer))
+        except (OSError, SafetensorError, DamagedShard, KeyError, TypeError, json.JSONDecodeError) as error:
+            damaged[name] = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            continue
+        for record, turn in turns:
             conversations.setdefault(record["conversation"], []).append(turn)
+    if damaged:
+        what = f"{len(damaged)} of {len(names)} {split} shards in {data}/tokens missing or damaged: {', '.join(f'{n} ({why})' for n, why in list(damaged.items())[:5])}"
+        if len(damaged) == len(names):
+            raise ValueError(f"{what}: run python dataset_pipeline.py --data {data} --fresh")
+        print(f"note: {what}; going on without; python dataset_pipeline.py --data {data} --fresh makes them again", file=sys.stderr)
     return list(conversations.values())
+
+
+class DamagedShard(Exception):
+    """A shard whose parts do not belong together."""
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_shard(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors. DamagedShard where they contradict each other (older shards have no digest)."""
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in ("codes", "consumed", "phones")}
+    records = json.loads(header["turns"])
+    frames, phones = sum(r["frames"] for r in records), sum(r["phones"] for r in records)
+    if not (tensors["codes"].size(1) == len(tensors["consumed"]) == frames and len(tensors["phones"]) == phones):
+        raise DamagedShard("its tensors are not as long as its turns say")
+    if header.get("digest") not in (None, _digest(tensors)):
+        raise DamagedShard("its tensors have changed since it was written")
+    return header, tensors
 
 
 def _split_shard(records: list[dict], tensors: dict[str, Tensor], tokenizer):

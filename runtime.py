@@ -366,7 +366,7 @@ class Ranks:
 
 
 def start_distributed(device=None) -> Ranks:
-    """Join the process group that torchrun's environment describes (nccl on CUDA, else gloo)."""
+    """Join the process group that torchrun's environment describes: nccl for what lies on GPUs, gloo for the rest."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
@@ -376,7 +376,7 @@ def start_distributed(device=None) -> Ranks:
     cuda = device is not None and device.type == "cuda"
     if cuda:
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=ranks.rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=ranks.rank, world_size=world)
     return ranks
 
 

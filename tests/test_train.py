@@ -442,6 +442,48 @@ def test_another_codec_is_refused(data, tmp_path, capsys):
     assert "fingerprint" in capsys.readouterr().err and (tmp_path / "a/last.pt").read_bytes() == before
 
 
+def test_damaged_shards_are_skipped_counted_and_named(tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from dataset_pipeline import read_turns
+    from text_tokenizer import ByteTokenizer
+    data = write_tokens(tmp_path, conversations=1)
+    index, first = json.loads((tmp_path / "tokens/index.json").read_text()), tmp_path / "tokens/train-00000.safetensors"
+    with safe_open(first, "pt") as file:
+        header = file.metadata()
+    tensors, turns = load_file(first), json.loads(header["turns"])
+    bad = {"train-00001": first.read_bytes()[:-40], "train-00002": b"nonsense"}
+    for name, content in bad.items():
+        (tmp_path / f"tokens/{name}.safetensors").write_bytes(content)
+    save_file(tensors, tmp_path / "tokens/train-00003.safetensors", header | {"turns": json.dumps(turns[:-1])})
+    save_file(tensors, tmp_path / "tokens/train-00004.safetensors", header | {"digest": "0" * 16})
+    save_file(tensors, tmp_path / "tokens/train-00005.safetensors", {"format": "1"})
+    index["splits"]["train"]["shards"] = [f"train-{n:05d}.safetensors" for n in range(7)]
+    (tmp_path / "tokens/index.json").write_text(json.dumps(index))
+    read = train.ConversationDataset(data, CFG).conversations
+    said = capsys.readouterr().err
+    assert sum(len(c) for c in read) == len(turns) and said.count("\n") == 1
+    assert "6 of 7 train shards" in said and "train-00001" in said and "train-00002" in said and "train-00000" not in said
+    first.unlink()
+    with pytest.raises(ValueError, match="7 of 7 train shards.*python dataset_pipeline.py"):
+        read_turns(data, "train", ByteTokenizer())
+
+
+def test_too_little_memory_is_said_before_the_run(data, tmp_path, capsys):
+    assert train.main(flags(settings(data, tmp_path / "out", gpu_memory_gb=0.001))) == 2
+    said = capsys.readouterr().err
+    assert "--model_size" in said and "torchrun" in said and not (tmp_path / "out").exists()
+    assert train.main(flags(settings(data, tmp_path / "out", gpu_memory_gb=0.008, batch_positions=512, max_steps=1))) == 0
+    assert "lower --batch_positions" in capsys.readouterr().err               # it may fit: said, not refused
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.main(["--acumulate", "5"])
+    assert leaving.value.code == 2 and "did you mean --accumulate?" in capsys.readouterr().err
+
+
 def test_main_end_to_end_and_a_finished_run(data, tmp_path, capsys):
     cfg = settings(data, tmp_path, max_steps=2)
     assert train.main(flags(cfg)) == 0
