@@ -192,7 +192,7 @@ MODEL_PRESETS = {
                                 audio_vocab=65, depth_fraction=1.0, cross=CrossAttentionConfig(heads=2, width=32, reader_layers=2, reading_noise=0.0),
                                 memory=MemoryConfig(heads=2, width=16, max_slots=8, window_turns=2)),
     "tiny": lambda: ModelConfig("tiny", TransformerConfig(18, 1024, 4096, 16, 4), _depth(4, 512, 2048, 8, 2)),
-    "blog": lambda: ModelConfig("blog", TransformerConfig(20, 1024, 5120, 16, 4), _depth(4, 768, 3072, 8, 2), num_codebooks=16, num_semantic=8),
+    "blog": lambda: ModelConfig("blog", TransformerConfig(20, 1024, 4736, 16, 4), _depth(4, 768, 3072, 8, 2), num_codebooks=16, num_semantic=8),
     "small": lambda: ModelConfig("small", TransformerConfig(16, 2048, 8192, 32, 8), TransformerConfig(4, 1024, 8192, 8, 2, max_positions=33)),
     "medium": lambda: ModelConfig("medium", TransformerConfig(32, 4096, 13312, 32, 8), _depth(4, 1024, 8192, 8, 2), recompute=True),
     "large": lambda: ModelConfig("large", TransformerConfig(80, 8192, 28672, 64, 8), _depth(6, 1536, 12288, 12, 4), recompute=True),

@@ -499,6 +499,21 @@ def test_parameter_counts_are_those_of_the_configuration(name):
     assert sum(p.numel() for p in model.parameters()) == config.count_parameters(cfg)["total"]
 
 
+@pytest.mark.parametrize("name, millions", [("tiny", 350), ("blog", 422), ("medium", 7000), ("large", 70000), ("csm-1b", 1553)])
+def test_presets_have_the_size_of_their_name(name, millions):
+    """Within 5 %, with all additions and without."""
+    cfg = config.model_preset(name)
+    for count in (config.count_all(cfg), config.count_parameters(cfg)["total"]):
+        assert count == pytest.approx(1e6 * millions, rel=0.05)
+
+
+def test_the_presets_are_those_that_are_tested():
+    """small is named by its geometry, that of CSM-1B; nano and test have no number in their name."""
+    assert set(config.MODEL_PRESETS) == {"nano", "test", "tiny", "blog", "small", "medium", "large", "csm-1b"}
+    small, official = config.model_preset("small"), config.model_preset("csm-1b")
+    assert (small.backbone, small.depth) == (official.backbone, official.depth)
+
+
 def test_csm_1b_has_the_published_names_and_size():
     with torch.device("meta"):
         model = CSM(config.model_preset("csm-1b"))
