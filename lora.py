@@ -9,6 +9,7 @@ forward(), but our blocks multiply by several `.weight`s at once (layers.fused_l
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -91,6 +92,15 @@ def merge(model: nn.Module) -> nn.Module:
         for name in list(module.parametrizations):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def settled(model: nn.Module):
+    """Inside, adapted weights are worked out once rather than at each use, for generation. Nothing to do for a model without adapters."""
+    with torch.no_grad(), parametrize.cached():
+        for _, module, name in _targets(model):
+            getattr(module, name)                            # not first in inference mode: such tensors do not tell when they change
+        yield
 
 
 def _digest(model: nn.Module) -> str:

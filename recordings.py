@@ -50,7 +50,7 @@ def heard_words(audio: np.ndarray) -> list[tuple[str, float, float]]:
     """What the recogniser hears: (word, start, end in seconds)."""
     sound = resample(evaluation_framework.as_audio(audio), SAMPLE_RATE, evaluation_framework.JUDGE_RATE)
     segments, _ = evaluation_framework.load_asr().transcribe(sound, language="en", beam_size=5, temperature=0.0, condition_on_previous_text=False, word_timestamps=True)
-    return [(word.word.strip(), word.start, word.end) for segment in segments for word in segment.words]
+    return [(word.word.strip(), float(word.start), float(word.end)) for segment in segments for word in segment.words]
 
 
 def word_times(text: str, heard: list[tuple[str, float, float]]) -> list[list]:

@@ -600,7 +600,7 @@ class Trainer:
         codec, paths = load_codec(self.cfg.codec), []
         check_codec(self.cfg.data, self.codec_fingerprint, codec.fingerprint)
         self.model.eval()
-        with self.average.applied(), torch.inference_mode(), lora.parametrize.cached():
+        with self.average.applied(), lora.settled(self.model), torch.inference_mode():
             for number, text in enumerate(SAMPLES):
                 session = Session(self.model, codec.to(self.device), self.data.tokenizer, SamplingConfig(max_seconds=8.0))
                 audio = torch.cat([torch.as_tensor(chunk).flatten().cpu() for chunk in session.speak(0, text)])
