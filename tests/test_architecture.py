@@ -337,6 +337,91 @@ def test_prosody_reaches_text_only_from_finished_blocks():
         assert changed[-6:].all() == hears and not changed[:-7].any()
 
 
+# ----------------------------------------------------------------------------- memory beyond the window
+
+
+VOICES, SAYINGS = 4, 4
+
+
+def long_ago(cfg, voice, saying, g):
+    """Three turns: the first has one of four voices (ranges of codes) and says one of four things (ranges of letters); in the
+    last, frame 0 is to name that voice and frame 1 the thing said. Nothing in the last two turns tells either."""
+    letters = (97 + 6 * saying + torch.randint(0, 6, (5,), generator=g)).tolist()
+    spoken = (1 + 16 * voice + torch.randint(0, 16, (4, cfg.num_codebooks), generator=g)).tolist()
+    other = torch.randint(1, cfg.audio_vocab, (2, cfg.num_codebooks), generator=g).tolist()
+    turns = ((letters, spoken), (torch.randint(97, 123, (3,), generator=g).tolist(), other), ([97], [[10 + voice] + [1] * 7, [30 + saying] + [1] * 7]))
+    return [[(n, t, None, i, -1) for i, t in enumerate([BOS, *text, EOT])] + [(n, None, codes, -1, -1) for codes in frames]
+            for n, (text, frames) in enumerate(turns)]
+
+
+def examples(cfg, g, each):
+    """(early turns, last two turns, voice and saying (n, 2)): `each` fresh draws of every pair."""
+    rows = [(long_ago(cfg, v, w, g), v, w) for v in range(VOICES) for w in range(SAYINGS) for _ in range(each)]
+    past, now = batch_of(cfg, [turns[0] for turns, _, _ in rows]), batch_of(cfg, [turns[1] + turns[2] for turns, _, _ in rows])
+    now.audio_loss = now.turn == 2
+    return past, now, torch.tensor([(v, w) for _, v, w in rows])
+
+
+@torch.no_grad()
+def recalled(model, past, now, wanted, forget=False):
+    """Share of (voices, sayings) named right when the early turn has left the window of a state and only its slots are kept."""
+    state = model.new_state(now.B)
+    model(past, state)
+    model.end_turn(state)
+    state.restart()
+    if forget:
+        state.slots = None
+    logits = model.c0_logits(model(now, state))[:, -3:-1]                      # at EOT and at frame 0 of the last turn
+    guess = torch.stack([logits[:, 0, 10:10 + VOICES].argmax(-1), logits[:, 1, 30:30 + SAYINGS].argmax(-1)], 1)
+    return (guess == wanted).float().mean(0).tolist()
+
+
+def trained_to_recall(memory):
+    model = build(scale=1.0, cross=config.CrossAttentionConfig(enabled=False), memory=memory, text_head=False, backbone=config.TransformerConfig(2, 64, 128, 4, 2, max_positions=512))
+    g, optimizer = torch.Generator().manual_seed(1), torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(60):
+        past, now, _ = examples(model.cfg, g, 2)
+        total, count = model.loss(now, history=past, generator=g)["c0"]
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    return model
+
+
+def test_an_early_turn_is_read_through_the_slots_and_not_without_them():
+    memory = config.MemoryConfig(heads=2, width=16, max_slots=8, window_turns=2)
+    model, bare = trained_to_recall(memory), trained_to_recall(dataclasses.replace(memory, enabled=False))
+    unseen = examples(model.cfg, torch.Generator().manual_seed(2), 6)          # 96 conversations; by chance a quarter is right
+    assert min(recalled(model, *unseen)) > 0.85
+    assert max(recalled(model, *unseen, forget=True)) < 0.45
+    assert max(recalled(bare, *unseen)) < 0.45
+
+
+def numbers(thing) -> int:
+    """Elements of all tensors that a state holds, however deep."""
+    if isinstance(thing, torch.Tensor):
+        return thing.numel()
+    inside = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return sum(map(numbers, inside))
+
+
+def test_turn_500_costs_what_turn_5_does():
+    """Positions that go through the backbone for a turn, and numbers in the state after it."""
+    from generation import Session
+    from text_tokenizer import load_tokenizer
+    memory = config.MemoryConfig(every=1, heads=2, width=16, max_slots=2, window_turns=2)
+    model = CSM(config.model_preset("test", memory=memory, backbone=config.TransformerConfig(1, 32, 64, 2, 1, max_positions=256)))
+    model.init_weights(torch.Generator().manual_seed(0), open_gates=True)
+    session, seen, turns = Session(model.eval(), None, load_tokenizer("bytes")), [], []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].S))
+    for number in range(500):
+        session.add_turn(number % 2, "hi.", codes=torch.full((8, 2), number % 64))
+        turns.append((sum(seen), numbers(session._state), session._state.slots.turn.numel()))
+        seen.clear()
+    assert len(session.turns) == 500 and turns[0] < turns[3]
+    assert set(turns[5:]) == {turns[5]} and turns[5][2] < 10, sorted(set(turns[5:]))
+
+
 # ----------------------------------------------------------------------------- depth decoder
 
 
