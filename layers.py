@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import TransformerConfig
 
+ROWS = 128                              # queries that causal attention takes at a time when training on a CPU
+
 # ----------------------------------------------------------------------------- transformer
 
 
@@ -105,10 +107,12 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """q (B, H, S, E); k, v (B, H_kv, N, E); mask as in Attention.forward -> (B, H, S, E).
 
-    On a CPU the backward pass of PyTorch's fused attention takes 2 to 8 times as long as three matrix products.
+    Training on a CPU has its own path: there the backward pass of PyTorch's fused attention is slow with a mask.
     """
     causal = isinstance(mask, str)
     if q.requires_grad and q.device.type == "cpu":
+        if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS and not torch.compiler.is_compiling():
+            return _attend_in_strips(q, k, v, None if causal else mask)
         return _attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
     bias = None if causal or mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -118,13 +122,70 @@ def causal_mask(size: int, device) -> Tensor:
     return torch.full((size, size), -math.inf, device=device).triu(1)
 
 
+def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return (k, v) if q.shape[1] == k.shape[1] else tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+
+
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    k, v = _same_heads(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                   # (B, H, S, N)
     if mask is not None:
         scores = scores.add_(mask.to(scores.dtype))
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _attend_in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    k, v = _same_heads(q, k, v)
+    return _Strips.apply((q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous(), mask)
+
+
+class _Strips(torch.autograd.Function):
+    """Causal attention, ROWS queries at a time: keys of the future are not multiplied, attention weights not kept but computed again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (scaled), k, v (B, H, S, E); mask (B, 1, S, S) additive, or None: causal."""
+        ctx.save_for_backward(q, k, v)
+        ctx.mask, out = mask, torch.empty_like(q)
+        for start in range(0, q.shape[2], ROWS):
+            w, end = _Strips.weights(q, k, mask, start)
+            out[:, :, start:end] = w @ v[:, :, :end]
+        return out
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, int]:
+        """(B, H, R, end) of queries start..end, and end."""
+        end = min(start + ROWS, q.shape[2])
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+        if mask is None:
+            scores[..., start:] += causal_mask(end - start, q.device).to(scores.dtype)
+        else:
+            scores += mask[:, :, start:end, :end].to(scores.dtype)
+        return scores.softmax(-1).to(q.dtype), end
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v = ctx.saved_tensors
+        grad, dq = grad.contiguous(), torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)    # they are sums over strips
+        for start in range(0, q.shape[2], ROWS):
+            w, end = _Strips.weights(q, k, ctx.mask, start)
+            g = grad[:, :, start:end]
+            dv[:, :, :end] += w.transpose(-1, -2) @ g
+            ds = torch.ops.aten._softmax_backward_data(g @ v[:, :, :end].transpose(-1, -2), w, -1, w.dtype)
+            dq[:, :, start:end] = ds @ k[:, :, :end]
+            dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def again(function, *tensors: Tensor) -> Tensor:
+    """function(*tensors). Training on a CPU keeps the tensors alone and computes what function makes inside once more in the backward pass.
+
+    For what is cheap before a matrix product; the product itself is not done twice (torch.utils.checkpoint stops before it).
+    """
+    if torch.is_grad_enabled() and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return function(*tensors)
 
 
 def in_pieces(function, rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -151,11 +212,14 @@ class Attention(nn.Module):
         self.output_proj = nn.Linear(cfg.width, cfg.width, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None,
-                cache: KVCache | None = None, start: int = 0) -> Tensor:
-        """x (B, S, D) -> (B, S, D). mask: None (every key is seen), "causal", or additive (B, 1, S, N)."""
+                cache: KVCache | None = None, start: int = 0, norm: nn.Module | None = None) -> Tensor:
+        """x (B, S, D), normed by `norm` first -> (B, S, D).
+
+        mask: None (every key is seen), "causal", or additive (B, 1, S, N), which with N = S shuts out the future too.
+        """
         B, S, _ = x.shape
         turned = self.heads + self.kv_heads
-        qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, S, -1, self.head_dim)
+        qkv = again(lambda x: fused_linear(norm(x) if norm else x, self.q_proj, self.k_proj, self.v_proj), x).view(B, S, -1, self.head_dim)
         qk = Rope.rotate(qkv[:, :, :turned], *rope).transpose(1, 2)              # (B, H + H_kv, S, E)
         q, k, v = qk[:, :self.heads], qk[:, self.heads:], qkv[:, :, turned:].transpose(1, 2)
         if cache is not None:
@@ -172,8 +236,12 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = fused_linear(x, self.w1, self.w3).chunk(2, dim=-1)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(..., D), normed by `norm` first -> (..., D)."""
+        return again(self._down, again(lambda x: fused_linear(norm(x) if norm else x, self.w1, self.w3), x))
+
+    def _down(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
@@ -189,8 +257,8 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, rope, mask=None, cache: KVCache | None = None, start: int = 0) -> Tensor:
-        x = x + F.dropout(self.attn(self.sa_norm(x), rope, mask, cache, start), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        x = x + F.dropout(self.attn(x, rope, mask, cache, start, self.sa_norm), self.dropout, self.training)
+        return x + F.dropout(self.mlp(x, self.mlp_norm), self.dropout, self.training)
 
 
 class Transformer(nn.Module):

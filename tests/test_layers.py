@@ -61,6 +61,41 @@ def test_products_equal_fused_attention_with_a_mask():
     torch.testing.assert_close(fast, layers.attend(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_strips_equal_products(masked, monkeypatch):
+    """Output and gradients; grouped queries, a last strip that is not full, and a mask that hides more than the future."""
+    q, k, v = (torch.randn(2, heads, 11, 8, requires_grad=True) for heads in (6, 2, 2))
+    hidden = torch.triu(torch.ones(11, 11), 1).bool() | (torch.rand(2, 1, 11, 11) < 0.3) & ~torch.eye(11).bool()
+    mask = torch.zeros(2, 1, 11, 11).masked_fill(hidden, -math.inf) if masked else "causal"
+    results = []
+    for rows in (100, 4):
+        monkeypatch.setattr(layers, "ROWS", rows)
+        y = layers.attend(q, k, v, mask)
+        assert (y.grad_fn.name() == "_StripsBackward") == (rows == 4)
+        results.append((y, *torch.autograd.grad((y * torch.arange(8)).sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_keeps_little_for_its_backward_pass(monkeypatch):
+    """Residual streams, q, k, v, attention output, gate and up: no norms, no activations, no attention weights."""
+    monkeypatch.setattr(layers, "ROWS", 16)
+    block, x = fill(layers.Block(CFG)), torch.randn(1, 32, 48, requires_grad=True)
+    rope, kept = layers.Rope(8, CFG).table(torch.arange(x.shape[1])), {}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4, t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = block(x, rope, "causal")
+    per_position = sum(size for size, _ in kept.values()) / x.shape[1]
+    assert per_position <= 6 * 48 + 2 * CFG.ffn + 2 * CFG.head_dim
+    y.sum().backward()
+    assert x.grad.abs().min() > 0
+
+
 def test_attention_is_causal():
     attn, x = fill(layers.Attention(CFG)), torch.randn(1, 7, 48)
     rope = layers.Rope(8, CFG).table(torch.arange(7))
