@@ -5,6 +5,8 @@
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
+    python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
+    python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
 
 Each run replaces its own section of RESULTS.md (between markers, with command, commit and hardware) and prints
@@ -25,7 +27,7 @@ import config
 from benchmark_codec import bench_codec, codec_body
 from measuring import SECONDS, hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "voice": "Voice", "speed": "Speed"}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "voice": "Voice", "speed": "Speed", "train": "Training step"}
 TURNS = {"judges": 24, "data": 60, "codec": 30, "voice": 50, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
@@ -442,35 +444,63 @@ def write_card(args) -> dict:
     return {"card": (folder / "README.md").as_posix(), "parameters": count, "megabytes": size}
 
 
+# ----------------------------------------------------------------------------- the training step
+
+def bench_train(args) -> tuple[dict, str]:
+    """Forward and backward beside transformers' CSM at the same geometry, weights and batch; the memory plan beside a measurement."""
+    import benchmark_model
+    import train
+    return benchmark_model.bench_train(args, train.build_optimisers)
+
+
+def inspect(args) -> dict:
+    """Pictures of gates, half-lives, and of what one test turn attends to."""
+    import benchmark_model
+    return benchmark_model.write_pictures(load_talker(args), args)
+
+
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "voice": bench_voice, "speed": bench_speed}
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
+ON_DATA = ("judges", "data", "codec", "voice", "speed", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|voice|speed|card")
-    for name, bench in BENCHES.items():
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|voice|speed|train|inspect|card")
+    for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
-        part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
-        part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test")
-        part.add_argument("--turns", type=int, default=TURNS[name], help=f"utterances; default {TURNS[name]}")
+        if name in ON_DATA:
+            part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
+            part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test")
+        if name in TURNS:
+            part.add_argument("--turns", type=int, default=TURNS[name], help=f"utterances; default {TURNS[name]}")
         part.add_argument("--seed", type=int, default=0, help="default 0")
-        part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "voice", "speed"):
+        if name in BENCHES:
+            part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
+        if name in ("codec", "voice", "speed", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
+        if name in ("codec", "voice", "speed", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
         if name == "codec":
             part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
             part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
             part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
-        if name in ("voice", "speed"):
+        if name in ("voice", "speed", "inspect"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
         if name == "voice":
             config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
             part.add_argument("--moods", action="store_true", help="give the mood of each turn")
-            part.add_argument("--save", default="outputs/benchmark/voice", help="folder for what was said; default outputs/benchmark/voice")
+        if name in ("voice", "inspect"):
+            part.add_argument("--save", default=f"outputs/benchmark/{name}", help=f"folder for what was {'said' if name == 'voice' else 'drawn'}; default outputs/benchmark/{name}")
+        if name == "train":
+            part.add_argument("--model_size", default="nano", help="preset whose geometry is raced; default nano")
+            part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
+            part.add_argument("--positions", type=int, default=512, help="positions of a row; default 512")
+            part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
+            part.add_argument("--precisions", default="fp32,bf16", choices=("fp32", "bf16", "fp32,bf16"), help="default fp32,bf16")
+            part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
     card = parts.add_parser("card", help="write the README.md of a folder of weights", description=write_card.__doc__)
     card.add_argument("--kind", required=True, choices=("codec", "nano"))
     card.add_argument("--folder", default="", help="default pretrained/KIND")
@@ -487,15 +517,18 @@ def run(args, words: list[str]) -> int:
         args.metrics = args.metrics or ("checkpoints/codec/metrics.jsonl" if args.kind == "codec" else "checkpoints/metrics.jsonl")
         print(json.dumps(rounded(write_card(args))))
         return 0
-    if args.turns < 2:
+    if getattr(args, "turns", 2) < 2:
         raise ValueError(f"--turns {args.turns}: use at least 2")
     import runtime
     runtime.set_seed(args.seed)
     if getattr(args, "threads", 0):
         import torch
         torch.set_num_threads(args.threads)
-    if not Path(args.data).is_dir():
+    if args.what in ON_DATA and not Path(args.data).is_dir():
         raise ValueError(f"there is no data in {args.data}: run python collect_data.py first, or name the folder with --data")
+    if args.what == "inspect":
+        print(json.dumps(rounded(inspect(args))))
+        return 0
     result, body = BENCHES[args.what](args)
     result = rounded({"command": "python benchmark.py " + shlex.join(words)} | result)
     write_section(args.results, args.what, result, body, runtime.run_manifest())
