@@ -12,7 +12,7 @@ from architecture import CSM
 from config import model_preset
 
 data, weights = test_benchmark.data, test_benchmark.weights                    # fixtures: two conversations; an untrained codec and model
-SPEC = {"model_size": "test", "rows": 2, "positions": 160, "seed": 3, "device": "cpu", "threads": 1, "precision": "fp32"}
+SPEC = {"model_size": "test", "rows": 2, "positions": 256, "seed": 3, "device": "cpu", "threads": 1, "precision": "fp32"}
 
 
 # ----------------------------------------------------------------------------- train
@@ -34,6 +34,8 @@ def test_both_sides_have_the_same_loss_and_gradients_flow():
     assert losses[0] == pytest.approx([math.log(65)] * 2, rel=0.05)
     other = benchmark_model.our_step(SPEC | {"seed": 4}, device)()
     assert abs(other[1] - losses[0][1]) > 1e-4
+    with pytest.raises(ValueError, match="8 frames of 8 codebooks.*--rows"):
+        benchmark_model.their_step(SPEC | {"rows": 1}, device)
 
 
 def made_up(ours: list, theirs: list) -> dict:

@@ -96,6 +96,17 @@ def test_a_block_keeps_little_for_its_backward_pass(monkeypatch):
     assert x.grad.abs().min() > 0
 
 
+def test_what_is_computed_again_is_no_matrix_product(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+    block, rope, counts = fill(layers.Block(CFG)), layers.Rope(8, CFG).table(torch.arange(12)), []
+    for again in (layers.again, lambda function, *tensors: function(*tensors)):
+        monkeypatch.setattr(layers, "again", again)
+        with FlopCounterMode(display=False) as counter:
+            block(torch.ones(1, 12, 48, requires_grad=True), rope, "causal").sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_attention_is_causal():
     attn, x = fill(layers.Attention(CFG)), torch.randn(1, 7, 48)
     rope = layers.Rope(8, CFG).table(torch.arange(7))
