@@ -70,6 +70,8 @@ COMMANDS = {
     "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py voice": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
