@@ -374,7 +374,7 @@ def test_minutes_rule_the_schedule_and_are_kept(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda ticks=iter(range(10 ** 6)): next(ticks) * 5.0)      # a clock of 5 s per look
     saves = []
     save = train.Trainer.save
-    monkeypatch.setattr(train.Trainer, "save", lambda self: saves.append(self.step) or save(self))
+    monkeypatch.setattr(train.Trainer, "save", lambda self, best=False: saves.append(self.step) or save(self, best))
     trainer = run(settings(data, tmp_path, minutes=1.0, max_steps=1, save_every=-1, save_minutes=0.25))
     assert trainer.minutes >= 1.0 and trainer.step > 1 and len(saves) > 1        # by the clock, and at the end
     assert checkpoint.load_training(tmp_path / "last.pt")["minutes"] == trainer.minutes
