@@ -3,6 +3,7 @@
     python benchmark.py judges        can the judges tell good from bad?
     python benchmark.py data          is the synthetic speech as clear and natural as the TTS it comes from?
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
+    python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
@@ -25,10 +26,11 @@ from pathlib import Path
 
 import config
 from benchmark_codec import bench_codec, codec_body
+from benchmark_tokens import bench_tokens
 from measuring import SECONDS, hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "voice": "Voice", "speed": "Speed", "train": "Training step"}
-TURNS = {"judges": 24, "data": 60, "codec": 30, "voice": 50, "speed": 8}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
+TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
 
@@ -230,6 +232,7 @@ def speak_target(talker, args, turns: list[dict], index: int, number: int) -> di
     """The model says turn `index` of a conversation; judged beside the source and beside the codec's version of the source."""
     import evaluation_framework as judge
     import torch
+    from generation import codes_of_sound, sound_of_codes
     model, codec, _, _ = talker
     target = turns[index]
     sampling = config.SamplingConfig(temperature=args.temperature, top_k=args.top_k, depth_temperature=args.depth_temperature, seed=args.seed + number)
@@ -239,7 +242,7 @@ def speak_target(talker, args, turns: list[dict], index: int, number: int) -> di
     before = sound_of(args.data, [t for t in turns[:index] if t["speaker"] == target["speaker"] and SECONDS[0] <= t["duration"] <= SECONDS[1]][-1])
     voice = judge.speaker_embedding(before)
     sound = torch.from_numpy(source).view(1, 1, -1).to(next(codec.parameters()).device)
-    copied = codec.decode(codec.encode(sound, model.cfg.num_codebooks))[0, 0].cpu().numpy()
+    copied = sound_of_codes(model.cfg, codec, codes_of_sound(model.cfg, codec, sound)).cpu().numpy()
     others = [t for t in turns[:index] if t["speaker"] != target["speaker"]][-1:]
     seconds = len(made.audio) / codec.cfg.sample_rate
     return {"made": hear(made.audio, text, voice=voice), "source": hear(source, text, voice=voice), "codec": hear(copied, text, voice=voice),
@@ -461,13 +464,13 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -478,11 +481,17 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "speed", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
         if name in ("codec", "voice", "speed", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
+        if name == "tokens":
+            part.add_argument("--train_turns", type=int, default=3000, help="training turns of both probes; default 3000")
+            part.add_argument("--probe_turns", type=int, default=200, help="test turns that are spelled; default 200")
+            part.add_argument("--steps", type=int, default=1500, help="training steps of a text probe; default 1500")
+            part.add_argument("--model_steps", type=int, default=600, help="training steps of the frame model; default 600")
+            config.add_flags(part, config.SamplingConfig, only=("top_k", "depth_temperature"))
         if name == "codec":
             part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
             part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")

@@ -348,11 +348,11 @@ def as_turn(talker, data, supervision: dict):
     """One supervision as the generation.Turn that the model would have spoken, its reading position known where its words are."""
     import torch
     from dataset_pipeline import consumed_bytes
-    from generation import Turn, guided
+    from generation import Turn, codes_of_sound, guided
     model, codec, tokenizer = talker[:3]
     custom, text = supervision["custom"], supervision["text"]
     audio = torch.from_numpy(sound_of(data, supervision)).view(1, 1, -1).to(next(codec.parameters()).device)
-    codes = codec.encode(audio, model.cfg.num_codebooks)[0].long()             # (K, T)
+    codes = codes_of_sound(model.cfg, codec, audio).long()                     # (K, T)
     words, readings = (custom.get("alignment") or {}).get("words"), None
     if words and guided(model.cfg):
         first = len(tokenizer.speak_prefix(custom["speaker_index"], None))

@@ -190,7 +190,36 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], where, assign: bool
                          "it was written by another version of the code; train again or use the shipped weights") from None
 
 
+@torch.no_grad()
+def carry_over(model: nn.Module, source: nn.Module) -> tuple[int, int]:
+    """Copy into `model` what fits of `source`, a CSM of another codec or size; returns numbers copied, numbers in all.
+
+    Tensors of the same name and size, and of tables by codebook those of the semantic codebooks that both read: a
+    codec that was trained on keeps the meaning of these (not of its acoustic ones).
+    """
+    both = min(model.cfg.num_semantic, source.cfg.num_semantic)
+    theirs, copied = source.state_dict(), 0
+    tables = {"audio_embeddings.weight": both, "audio_head": both - 1}
+    for name, value in model.state_dict().items():
+        other = theirs.get(name)
+        if name in tables and other is not None:
+            pairs = ((c.cfg.num_codebooks - (name == "audio_head"), t) for c, t in ((model, value), (source, other)))
+            ours, other = (t.view(count, -1, t.shape[-1])[:tables[name]] for count, t in pairs)
+            if ours.shape == other.shape:
+                ours.copy_(other)
+                copied += ours.numel()
+        elif other is not None and other.shape == value.shape:
+            value.copy_(other)
+            copied += value.numel()
+    return copied, sum(v.numel() for v in model.state_dict().values())
+
+
 # ----------------------------------------------------------------------------- the codec
+
+def codec_fingerprint(codec: nn.Module) -> str:
+    """What the codec's fingerprint will be when it is saved."""
+    return _fingerprint(to_dict(codec.cfg), {name: _half(value) for name, value in codec.state_dict().items()})
+
 
 def save_codec(codec: nn.Module, folder, **about) -> str:
     """Write the codec as float16 safetensors + config.json; sets and returns codec.fingerprint.
@@ -199,7 +228,7 @@ def save_codec(codec: nn.Module, folder, **about) -> str:
     """
     config = to_dict(codec.cfg)
     tensors = {name: _half(value) for name, value in codec.state_dict().items()}
-    codec.fingerprint = _fingerprint(config, tensors)
+    codec.fingerprint = codec_fingerprint(codec)
     _write_folder(folder, tensors, {"kind": "codec", "config": config, "fingerprint": codec.fingerprint} | about)
     return codec.fingerprint
 

@@ -37,14 +37,15 @@ class CodecConfig:
     num_semantic: int = 10            # codebooks 1..num_semantic carry the words
     codebook_size: int = 1024
     semantic_dim: int = 32            # width of the space in which semantic codes are chosen
-    acoustic_dim: int = 64            # the same for acoustic codes
+    acoustic_dim: int = 256           # the same for acoustic codes
     num_mels: int = 80
     num_low_bins: int = 96            # fine linear bins below 1125 Hz: pitch is read from these
-    width: int = 256                  # encoder and decoder at the slot rate
+    width: int = 256                  # encoder at the slot rate
     latent: int = 320                 # width at the frame rate
     encoder_layers: int = 4
     latent_layers: int = 2
-    decoder_layers: int = 6
+    decoder_width: int = 384          # decoder at the slot rate, and at the hop rate
+    decoder_layers: int = 7           # a third of them at the hop rate
     synth_hop: int = 240              # samples per spectral frame of the source-filter head (10 ms)
     synth_fft: int = 960              # its transform: 40 ms; the window is two hops, the rest rings out
     num_bands: int = 100              # spectral envelope points, warped in frequency
@@ -67,6 +68,15 @@ class CodecConfig:
     @property
     def slot_size(self) -> int:
         return self.frame_size // self.slots
+
+
+def codec_columns(count: int, wanted_semantic: int, codec_semantic: int) -> list[int]:
+    """Which of the codec's codebooks a model of `count` reads: its semantic ones from the front, the others from the first acoustic one on.
+
+    12 = 3 + 9 of a codec of 10 + 22: 0, 1, 2, 10, ..., 18. All the codec's semantic ones, or more: simply the first `count`.
+    """
+    semantic = min(count, wanted_semantic, codec_semantic)
+    return [*range(semantic), *range(codec_semantic, codec_semantic + count - semantic)]
 
 
 # ----------------------------------------------------------------------------- model
@@ -141,8 +151,8 @@ class ModelConfig:
     name: str
     backbone: TransformerConfig
     depth: TransformerConfig
-    num_codebooks: int = 32           # K: the first K codebooks of the codec
-    num_semantic: int = 10
+    num_codebooks: int = 32           # K codebooks of the codec:
+    num_semantic: int = 10            # so many from its first one on, the others from its first acoustic one on (codec_columns)
     audio_vocab: int = 1025           # V: rows per codebook: the codec's codes and the offset (CSM-1B: 2051)
     code_offset: int = 1              # codec code c is token c + code_offset, so token 0 means end alone (CSM-1B: 0)
     text_vocab: int = 320             # bytes and special tokens (CSM-1B: 128256)
@@ -184,8 +194,9 @@ def _depth(layers, width, ffn, heads, kv_heads) -> TransformerConfig:
 OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enabled=False), "text_head": False}
 
 MODEL_PRESETS = {
-    # laptop CPU; the shipped weights. The first 16 codebooks: 10 semantic and 6 acoustic.
-    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=16, depth_fraction=0.2, depth_decay=1.0, code_noise=0.05,
+    # laptop CPU; the shipped weights. Of the codec's codebooks the first 3 semantic and the first 9 acoustic ones: the
+    # other semantic ones say little that text and context foretell (LOG.md).
+    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=12, num_semantic=3, depth_fraction=0.25, depth_decay=0.5,
                                 cross=CrossAttentionConfig(every=2), memory=MemoryConfig(window_turns=4)),
     # seconds on a CPU, for tests
     "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
@@ -342,6 +353,7 @@ class TrainConfig:
     codec: str = "pretrained/codec"
     init_from: str = ""               # weights to start from; empty: the shipped ones of this size where they exist
     from_scratch: bool = False
+    carry_over: str = ""              # with --from_scratch: a trained model of another codec or size, of which what fits is taken
     lora: bool = False                # train low-rank adapters only (a voice); writes output/adapter, a few MB
     lora_rank: int = 8
     lora_alpha: float = 16.0          # the adapters' change is multiplied by lora_alpha / lora_rank
@@ -383,6 +395,7 @@ class TrainConfig:
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
         _require(self.max_steps > 0 and self.accumulate > 0, "max_steps and accumulate must be positive: change --max_steps")
         _require(not self.lora or (self.lora_rank > 0 and self.lora_alpha > 0), "lora_rank and lora_alpha must be positive: change --lora_rank")
+        _require(not self.carry_over or self.from_scratch, "carry_over fills a new model: add --from_scratch, or use --init_from for weights of the same codec and size")
         _require(not (self.lora and self.from_scratch), "adapters need a trained model below them: leave out --from_scratch or --lora")
         _require(not (self.lora and self.parallel == "fsdp"), "adapters are trained by ranks that hold the whole model: use --parallel ddp or leave out --lora")
         _require(self.parallel in ("auto", "ddp", "fsdp"), f"parallel {self.parallel!r}: use --parallel auto|ddp|fsdp")
@@ -395,8 +408,9 @@ class CodecTrainConfig:
     data: str = "data/synthetic"
     recordings: str = ""              # a folder of people's recordings besides (WAV, FLAC, .g722 ...); no transcripts needed
     output: str = "checkpoints/codec"
+    drawn: str = ""                   # a file of draw_codes.py: the decoder learns from what a model draws as well
     resume: str = ""
-    init_from: str = ""               # a training checkpoint whose weights are the start; its optimiser is not
+    init_from: str = ""               # weights to start from (a training checkpoint or a pretrained folder); the optimiser starts anew
     decoder_only: bool = False        # codes stay as they are: tokens and models made with them stay valid
     max_steps: int = 20000
     minutes: float = 0.0
@@ -434,6 +448,7 @@ class CodecTrainConfig:
         _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
         _require(self.adversarial >= 0, f"adversarial {self.adversarial} must be at least 0: change --adversarial")
         _require(self.adversarial_seconds >= 0.1, f"adversarial_seconds {self.adversarial_seconds} must be at least 0.1: change --adversarial_seconds")
+        _require(not self.drawn or self.decoder_only, "drawn codes belong to one encoder, which must not change: add --decoder_only")
         _require(0 <= self.predicted_pitch <= 1, f"predicted_pitch {self.predicted_pitch} must be in [0, 1]: change --predicted_pitch")
 
 

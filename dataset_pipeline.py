@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import PHONES, ModelConfig, Parser
+from config import PHONES, ModelConfig, Parser, codec_columns
 from runtime import Ranks, atomic_write, plain_errors, write_json
 
 SPLITS = ("train", "validation", "test")
@@ -191,14 +191,14 @@ def tokenise(data, codec, workers: int = 2, fresh: bool = False, turns_per_shard
         bar.update(total - sum(len(s) for _, s, _ in todo))
         for path, supervisions, content in todo:
             _write_shard(path, supervisions, data, codec, content, pool, bar)
-    for stale in set(folder.glob("*.safetensors")) - kept:       # left by a larger collection
+    for stale in {p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")} - kept:       # left by a larger collection
         stale.unlink()
     return _write_index(folder, codec)
 
 
 def _write_index(folder: Path, codec) -> dict:
     index = {"format": TOKENS_FORMAT, "codec_fingerprint": codec.fingerprint, "tokenizer": "bytes", "frame_rate": codec.cfg.frame_rate,
-             "num_codebooks": codec.cfg.num_codebooks, "splits": {}}
+             "num_codebooks": codec.cfg.num_codebooks, "num_semantic": codec.cfg.num_semantic, "splits": {}}
     for split in SPLITS:
         names = sorted(p.name for p in folder.glob(f"{split}-*.safetensors"))
         records = [r for n in names for r in json.loads(_shard_header(folder / n)["turns"])]
@@ -217,7 +217,7 @@ def _write_index(folder: Path, codec) -> dict:
 @dataclass
 class Turn:
     """One turn as tokens."""
-    codes: Tensor            # (K_all, T) int16
+    codes: Tensor            # (K, T) int16: all the codec's codebooks, or those that a model reads
     consumed: Tensor | None  # (T,) int64: text tokens spoken by the end of each frame; None: unknown
     ids: list[int]           # tokens of the text
     phones: Tensor           # (n,) uint8
@@ -225,6 +225,7 @@ class Turn:
     speaker: int             # in the conversation
     mood: str | None
     character: str | None
+    id: str = ""             # of its supervision
 
     def positions(self) -> int:
         """Positions of this turn in the stream, at most: prefix of 3, text, EOT, (TRANSCRIPT), frames, EOS."""
@@ -314,7 +315,7 @@ def _split_shard(records: list[dict], tensors: dict[str, Tensor], tokenizer):
         consumed = tensors["consumed"][frame:frame + r["frames"]].long()
         known = bool((consumed >= 0).all()) and len(ids) == len(r["text"].encode("utf-8"))      # else tokens are not bytes
         yield r, Turn(tensors["codes"][:, frame:frame + r["frames"]], consumed if known else None, ids,
-                      tensors["phones"][phone:phone + r["phones"]], r["text"], r["speaker"], r["mood"], r["character"])
+                      tensors["phones"][phone:phone + r["phones"]], r["text"], r["speaker"], r["mood"], r["character"], r["id"])
         frame, phone = frame + r["frames"], phone + r["phones"]
 
 
@@ -346,9 +347,9 @@ def _text_rows(ids: list[int], columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _audio_rows(codes: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """codes (K_all, T) -> rows (T + 1, K + 1): the frames, then EOS (all K columns 0)."""
+    """codes (K, T) -> rows (T + 1, K + 1): the frames, then EOS (all K columns 0)."""
     frames = torch.zeros(codes.size(1) + 1, cfg.num_codebooks + 1, dtype=torch.long)
-    frames[:-1, :-1] = codes[:cfg.num_codebooks].long().T + cfg.code_offset
+    frames[:-1, :-1] = codes.long().T + cfg.code_offset
     mask = torch.ones_like(frames, dtype=torch.bool)
     mask[:, -1] = False
     return frames, mask
@@ -443,6 +444,7 @@ class ConversationDataset:
         self.p_history = p_history if cfg.memory.enabled else 0.0
         self.tokenizer = load_tokenizer(cfg.tokenizer)
         self.conversations = read_turns(data, split, self.tokenizer, codec_fingerprint)
+        self._choose_codebooks(read_index(data))
         self.limit = min(cfg.backbone.max_positions, batch_positions)
         everything = [(c, t) for c, turns in enumerate(self.conversations) for t in range(len(turns))]
         self.targets = [(c, t) for c, t in everything if self.conversations[c][t].positions() <= self.limit]
@@ -454,11 +456,18 @@ class ConversationDataset:
         self.pool_number, self.place, self.pool_stage, self._pool = 0, 0, Stage(), None
         self.used = self.padded = 0
 
+    def _choose_codebooks(self, index: dict) -> None:
+        """Keep the codebooks that the model reads (config.codec_columns)."""
+        stored = index["num_codebooks"]
+        columns = codec_columns(self.cfg.num_codebooks, self.cfg.num_semantic, index.get("num_semantic", stored))
+        if columns[-1] >= stored:
+            raise ValueError(f"the model wants {self.cfg.num_codebooks} codebooks, {self.cfg.num_semantic} of them semantic, the tokens have {stored}: use another --model_size or codec")
+        for turns in self.conversations:
+            for turn in turns:
+                turn.codes = turn.codes[columns]
+
     def _check_codes(self) -> None:
-        codes = self.conversations[self.targets[0][0]][self.targets[0][1]].codes
-        if codes.size(0) < self.cfg.num_codebooks:
-            raise ValueError(f"the model wants {self.cfg.num_codebooks} codebooks, the tokens have {codes.size(0)}: use another --model_size or codec")
-        highest = max(int(t.codes[:self.cfg.num_codebooks].max()) for turns in self.conversations for t in turns)
+        highest = max(int(t.codes.max()) for turns in self.conversations for t in turns)
         if highest + self.cfg.code_offset >= self.cfg.audio_vocab:
             raise ValueError(f"code {highest} does not fit audio_vocab {self.cfg.audio_vocab}: use the --model_size this codec is meant for")
 
@@ -468,7 +477,7 @@ class ConversationDataset:
         """g None: the fixed window of validation (all context that fits, speaking order, moods given)."""
         turns, t = self.conversations[target[0]], target[1]
         want = min(t, stage.max_context)
-        context = want if g is None else _randint(g, want + 1)
+        context = want if g is None or _randint(g, 3) else _randint(g, want + 1)      # mostly all of it: a voice is learned from what came before
         start, size = t, turns[t].positions()
         while start > t - context and size + turns[start - 1].positions() <= self.limit:
             start -= 1

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from architecture import CSM, FrameBatch, Slots
-from config import ModelConfig, SamplingConfig
+from config import ModelConfig, SamplingConfig, codec_columns
 from text_tokenizer import normalise
 
 END_FRAMES = 8            # frames after the finger reached the end of the text before the turn is closed by force
@@ -102,7 +102,7 @@ def turn_rows(turn: Turn, cfg: ModelConfig, tokenizer, number: int, device=None)
     """A finished turn as the model saw it: speaking or listening order, its end frame included."""
     audio = []
     if turn.codes is not None:
-        tokens = torch.nn.functional.pad(turn.codes[:cfg.num_codebooks].to(device) + cfg.code_offset, (0, 1))  # (K, T + 1)
+        tokens = torch.nn.functional.pad(turn.codes.to(device) + cfg.code_offset, (0, 1))  # (K, T + 1)
         audio = [audio_rows(tokens, cfg, number, turn.readings[1:] if turn.readings else None)]
     if turn.heard:
         transcript = [tokenizer.transcript, *(tokenizer.encode(turn.text) if turn.text else []), tokenizer.eot]
@@ -111,6 +111,24 @@ def turn_rows(turn: Turn, cfg: ModelConfig, tokenizer, number: int, device=None)
     ids = tokenizer.speak_prefix(turn.speaker, turn.mood) + tokenizer.encode(turn.text) + [tokenizer.eot]
     at_text = [-1] * (len(ids) - 1) + [turn.readings[0] if turn.readings else -1]
     return join([text_rows(ids, cfg, number, at_text, device), *audio])
+
+
+# ----------------------------------------------------------------------------- the codebooks a model uses
+
+def semantic_count(cfg: ModelConfig, codec, num_codebooks: int | None = None) -> int:
+    """How many of the model's first `num_codebooks` (None: all) are semantic ones of this codec."""
+    return min(num_codebooks or cfg.num_codebooks, cfg.num_semantic, codec.cfg.num_semantic)
+
+
+def codes_of_sound(cfg: ModelConfig, codec, audio: Tensor) -> Tensor:
+    """audio (1, 1, N) -> the codes that this model reads, (K, T). See config.codec_columns."""
+    columns = codec_columns(cfg.num_codebooks, cfg.num_semantic, codec.cfg.num_semantic)
+    return codec.encode(audio, columns[-1] + 1)[0][columns]
+
+
+def sound_of_codes(cfg: ModelConfig, codec, codes: Tensor) -> Tensor:
+    """The model's codes (K, T) -> audio (N,)."""
+    return codec.decode(codes.unsqueeze(0), semantic_count(cfg, codec))[0, 0]
 
 
 # ----------------------------------------------------------------------------- small pure functions
@@ -133,16 +151,23 @@ def _only_codes(logits: Tensor, cfg: ModelConfig, codebook_size: int, end: bool)
     return logits
 
 
+def draw_codes(model: CSM, hidden: Tensor, codebook_size: int, sampling: SamplingConfig, generator=None, first: Tensor | None = None) -> Tensor:
+    """Hidden states (M, D) -> tokens (M, K) of the frames after them, none an end; `first` (M,) gives the first codebook's tokens."""
+    if first is None:
+        first = sample(_only_codes(model.c0_logits(hidden), model.cfg, codebook_size, False), sampling.temperature, sampling.top_k, generator)
+
+    def pick(logits: Tensor, k: int) -> Tensor:
+        return sample(_only_codes(logits, model.cfg, codebook_size, False), sampling.depth_temperature, sampling.depth_top_k, generator)
+    return model.depth_generate(hidden, first, pick)
+
+
 def decode_frame(model: CSM, hidden: Tensor, codebook_size: int, sampling: SamplingConfig, generator=None, may_end: bool = True) -> Tensor:
     """Hidden state (D,) of the last position -> tokens (K,) of the next frame; all zeros means the end."""
     cfg, hidden = model.cfg, hidden.unsqueeze(0)                     # (1, D)
     c0 = sample(_only_codes(model.c0_logits(hidden), cfg, codebook_size, may_end), sampling.temperature, sampling.top_k, generator)
     if cfg.code_offset > 0 and int(c0) == 0:
         return torch.zeros(cfg.num_codebooks, dtype=torch.long, device=hidden.device)
-
-    def pick(logits: Tensor, k: int) -> Tensor:
-        return sample(_only_codes(logits, cfg, codebook_size, False), sampling.depth_temperature, sampling.depth_top_k, generator)
-    return model.depth_generate(hidden, c0, pick)[0]
+    return draw_codes(model, hidden, codebook_size, sampling, generator, c0)[0]
 
 
 def prefill_turn(model: CSM, state, ids: list[int], number: int, first_byte: int) -> Tensor:
@@ -229,6 +254,7 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
     """
     start = time.perf_counter() if start is None else start
     cfg, size = model.cfg, codec.cfg.codebook_size
+    semantic = semantic_count(cfg, codec, num_codebooks)
     prefix = tokenizer.speak_prefix(turn.speaker, turn.mood)
     body = tokenizer.encode(turn.text)
     finger = Finger(len(prefix), len(prefix) + len(body), guided(cfg))
@@ -242,7 +268,7 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
             turn.end_reason = "eos"
             break
         codes = (tokens - cfg.code_offset).view(1, -1, 1)                          # (1, K, 1)
-        audio, sound = codec.decode_stream(codes[:, :num_codebooks], sound)
+        audio, sound = codec.decode_stream(codes[:, :num_codebooks], sound, semantic)
         frames.append(codes[0])
         chunks.append(audio.reshape(-1).float().cpu().numpy())
         if turn.first_audio_ms is None:
@@ -294,7 +320,7 @@ def generate_slow(model: CSM, codec, tokenizer, context: FrameBatch | None, turn
         if finger.guided:
             finger.move(int(model.advance_logits(model(rows, memory=memory)[0, -1]).argmax(-1)))
     codes = torch.stack(frames, 1) if frames else torch.zeros(cfg.num_codebooks, 0, dtype=torch.long)
-    return codes.cpu(), codec.decode(codes.unsqueeze(0))[0, 0]
+    return codes.cpu(), sound_of_codes(model.cfg, codec, codes)
 
 
 # ----------------------------------------------------------------------------- text: transcripts and replies
@@ -408,7 +434,7 @@ class Session:
     def _codes(self, audio, codes) -> Tensor:
         if codes is None:
             sound = torch.as_tensor(np.asarray(audio, dtype=np.float32)).view(1, 1, -1).to(_device(self.model))
-            codes = self.codec.encode(sound, self.model.cfg.num_codebooks)[0]
+            codes = codes_of_sound(self.model.cfg, self.codec, sound)
         return codes[:self.model.cfg.num_codebooks].long().cpu()
 
     def _given(self, speaker: int, text: str | None, mood, codes: Tensor | None, consumed=None) -> Turn:

@@ -71,14 +71,16 @@ class MimiCodec(nn.Module):
     # -- decoding ----------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, k, T), k <= num_codebooks -> audio (B, 1, T * frame_size)."""
-        return self.decode_stream(codes, None)[0]
+    def decode(self, codes: Tensor, semantic: int | None = None) -> Tensor:
+        """codes (B, k, T), k <= num_codebooks -> audio (B, 1, T * frame_size). semantic: must be all of them."""
+        return self.decode_stream(codes, None, semantic)[0]
 
     @torch.inference_mode()
-    def decode_stream(self, codes: Tensor, state: dict | None = None) -> tuple[Tensor, dict]:
-        """codes (B, k, t) -> audio (B, 1, t * frame_size), state. Zero frames give zero samples."""
+    def decode_stream(self, codes: Tensor, state: dict | None = None, semantic: int | None = None) -> tuple[Tensor, dict]:
+        """codes (B, k, t) -> audio (B, 1, t * frame_size), state. Zero frames give zero samples. semantic: must be all of them."""
         self._check_codes(codes)
+        if semantic not in (None, self.cfg.num_semantic):
+            raise ValueError(f"{semantic} semantic codes a frame, Mimi has {self.cfg.num_semantic}: change num_semantic")
         if codes.shape[2] == 0:
             return torch.zeros(codes.shape[0], 1, 0, device=codes.device), state or {}
         decoder, before, after = self.model.decoder, state or {}, {}

@@ -180,8 +180,7 @@ class SourceFilter(nn.Module):
         super().__init__()
         self.cfg, self.hop, self.fft = cfg, cfg.synth_hop, cfg.synth_fft
         self.overlap = self.fft // self.hop
-        window = F.pad(torch.hann_window(2 * self.hop), (0, self.fft - 2 * self.hop))
-        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("window", torch.hann_window(2 * self.hop), persistent=False)
         self.register_buffer("bands", band_interpolation(cfg.num_bands, self.fft // 2 + 1, cfg.sample_rate), persistent=False)
         noise = torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(20261122))
         self.register_buffer("noise", noise, persistent=False)
@@ -196,8 +195,8 @@ class SourceFilter(nn.Module):
         return torch.fft.rfft(cepstrum * self.fold).exp()
 
     def pulses(self, f0: Tensor, phase: Tensor) -> Tensor:
-        """f0 (B, J) Hz, phase (B, J) at the window centres -> (B, J, fft): sum of all harmonics below 11 kHz."""
-        n = torch.arange(self.fft, device=f0.device, dtype=f0.dtype) - self.hop
+        """f0 (B, J) Hz, phase (B, J) at the window centres -> (B, J, 2 hop): sum of all harmonics below 11 kHz."""
+        n = torch.arange(2 * self.hop, device=f0.device, dtype=f0.dtype) - self.hop
         angle = phase[..., None] + (2 * math.pi / self.cfg.sample_rate) * f0[..., None] * n
         half = 2 * torch.sin(0.5 * angle)
         order = (11000.0 / f0).floor()[..., None] + 0.5
@@ -215,9 +214,9 @@ class SourceFilter(nn.Module):
         return (2 * math.pi * turns).float(), (f0[:, -1], turns[:, -1])
 
     def noise_frames(self, start: Tensor, hops: int) -> Tensor:
-        """The fixed noise under every window; start (B,) is the absolute hop number."""
+        """The fixed noise under every window, (B, hops, 2 hop); start (B,) is the absolute hop number."""
         position = (start[:, None] + torch.arange(hops, device=start.device)) * self.hop
-        index = position[..., None] + torch.arange(self.fft, device=start.device)
+        index = position[..., None] + torch.arange(2 * self.hop, device=start.device)
         return self.noise[index % NOISE_TABLE]
 
     def forward(self, harmonic: Tensor, noise: Tensor, f0: Tensor, state: dict | None = None) -> tuple[Tensor, dict]:
@@ -228,8 +227,8 @@ class SourceFilter(nn.Module):
         B, J = f0.shape
         state = state or {"tail": f0.new_zeros(B, self.fft - self.hop), "phase": None, "hop": torch.zeros(B, dtype=torch.long, device=f0.device)}
         phase, phase_state = self.phases(f0, state["phase"])
-        pulse_spectrum = torch.fft.rfft(self.pulses(f0, phase) * self.window)
-        noise_spectrum = torch.fft.rfft(self.noise_frames(state["hop"], J) * self.window)
+        pulse_spectrum = torch.fft.rfft(self.pulses(f0, phase) * self.window, n=self.fft)
+        noise_spectrum = torch.fft.rfft(self.noise_frames(state["hop"], J) * self.window, n=self.fft)
         filters = self.minimum_phase(torch.stack([harmonic, noise]) @ self.bands)               # (2, B, J, bins)
         frames = torch.fft.irfft(pulse_spectrum * filters[0] + noise_spectrum * filters[1], n=self.fft)   # (B, J, fft)
         total = self.overlap_add(frames, state["tail"])
@@ -255,7 +254,7 @@ class Codec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.fingerprint = "untrained"
-        D, E = cfg.width, cfg.latent
+        D, E, W = cfg.width, cfg.latent, cfg.decoder_width
         self.analysis = Analysis(cfg)
         self.feature_in = nn.Linear(self.analysis.size, D)
         self.slot_encoder = ConvStack(cfg.encoder_layers, D, kernel=7)
@@ -266,13 +265,13 @@ class Codec(nn.Module):
         self.semantic = ResidualQuantizer(cfg.num_semantic, cfg.codebook_size, cfg.semantic_dim)
         self.acoustic = ResidualQuantizer(cfg.num_codebooks - cfg.num_semantic, cfg.codebook_size, cfg.acoustic_dim)
         self.frame_decoder = ConvStack(cfg.latent_layers, E, kernel=5)
-        self.split = nn.Linear(E, cfg.slots * D)
+        self.split = nn.Linear(E, cfg.slots * W)
         fine = cfg.decoder_layers // 3
-        self.slot_decoder = ConvStack(cfg.decoder_layers - fine, D, kernel=7)
+        self.slot_decoder = ConvStack(cfg.decoder_layers - fine, W, kernel=7)
         self.per_slot = cfg.slot_size // cfg.synth_hop
-        self.refine = nn.Linear(D, self.per_slot * D)
-        self.hop_decoder = ConvStack(fine, D, kernel=7)
-        self.head = nn.Linear(D, 2 * cfg.num_bands + 1)
+        self.refine = nn.Linear(W, self.per_slot * W)
+        self.hop_decoder = ConvStack(fine, W, kernel=7)
+        self.head = nn.Linear(W, 2 * cfg.num_bands + 1)
         self.synth = SourceFilter(cfg)
         nn.init.normal_(self.head.weight, std=0.01)
         with torch.no_grad():
@@ -294,17 +293,20 @@ class Codec(nn.Module):
         """latents (B, T, E) -> (harmonic, noise (B, J, bands), f0 Hz (B, J)), J = 10 ms hops."""
         s, B = state or {}, z.shape[0]
         x, frame = self.frame_decoder(z, s.get("frame"))
-        x, slot = self.slot_decoder(self.split(x).view(B, -1, self.cfg.width), s.get("slot"))
-        x, hop = self.hop_decoder(self.refine(x).view(B, -1, self.cfg.width), s.get("hop"))
+        x, slot = self.slot_decoder(self.split(x).view(B, -1, self.cfg.decoder_width), s.get("slot"))
+        x, hop = self.hop_decoder(self.refine(x).view(B, -1, self.cfg.decoder_width), s.get("hop"))
         out = self.head(x).float()
         harmonic, noise, pitch = out.split([self.cfg.num_bands, self.cfg.num_bands, 1], -1)
         low, high = math.log(self.cfg.f0_min), math.log(self.cfg.f0_max)
         f0 = (low + (high - low) * torch.sigmoid(pitch[..., 0])).exp()
         return (harmonic.clamp(-14, 6), noise.clamp(-14, 6), f0), {"frame": frame, "slot": slot, "hop": hop}
 
-    def dequantise(self, codes: Tensor) -> Tensor:
-        """codes (B, k, T) -> latents (B, T, E); acoustic part only where its codes are given."""
-        k = self.cfg.num_semantic
+    def dequantise(self, codes: Tensor, semantic: int | None = None) -> Tensor:
+        """codes (B, k, T), the first `semantic` of them semantic (None: all that can be) -> latents (B, T, E).
+
+        A side without codes adds nothing. Both sides are quantised on their own, so that either may be cut short.
+        """
+        k = self.cfg.num_semantic if semantic is None else semantic
         z = self.semantic_out(self.semantic.decode(codes[:, :k]))
         return z + self.acoustic_out(self.acoustic.decode(codes[:, k:])) if codes.shape[1] > k else z
 
@@ -336,18 +338,18 @@ class Codec(nn.Module):
         return codes, state
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, k, T), k <= num_codebooks -> audio (B, 1, T * frame_size)."""
-        return self.decode_stream(codes, None)[0]
+    def decode(self, codes: Tensor, semantic: int | None = None) -> Tensor:
+        """codes (B, k, T), k <= num_codebooks -> audio (B, 1, T * frame_size). semantic: see dequantise."""
+        return self.decode_stream(codes, None, semantic)[0]
 
     @torch.inference_mode()
-    def decode_stream(self, codes: Tensor, state: dict | None = None) -> tuple[Tensor, dict]:
-        """codes (B, k, t) -> audio (B, 1, t * frame_size), state. Zero frames give zero samples."""
-        self._check_codes(codes)
+    def decode_stream(self, codes: Tensor, state: dict | None = None, semantic: int | None = None) -> tuple[Tensor, dict]:
+        """codes (B, k, t) -> audio (B, 1, t * frame_size), state. Zero frames give zero samples. semantic: see dequantise."""
+        self._check_codes(codes, semantic)
         if codes.shape[2] == 0:
             return torch.zeros(codes.shape[0], 1, 0, device=codes.device), state or {}
         s = state or {}
-        controls, net = self.controls(self.dequantise(codes), s.get("net"))
+        controls, net = self.controls(self.dequantise(codes, semantic), s.get("net"))
         audio, synth = self.synth(*controls, s.get("synth"))
         return audio[:, None].clamp(-1, 1), {"net": net, "synth": synth}
 
@@ -357,7 +359,11 @@ class Codec(nn.Module):
         if audio.shape[-1] == 0:
             raise ValueError("audio has no samples")
 
-    def _check_codes(self, codes: Tensor) -> None:
+    def _check_codes(self, codes: Tensor, semantic: int | None = None) -> None:
+        acoustic = 0 if semantic is None else codes.shape[1] - semantic
+        if semantic is not None and not (0 < semantic <= self.cfg.num_semantic and acoustic <= self.cfg.num_codebooks - self.cfg.num_semantic):
+            raise ValueError(f"{semantic} semantic and {acoustic} acoustic codes a frame, but this codec has {self.cfg.num_semantic} and "
+                             f"{self.cfg.num_codebooks - self.cfg.num_semantic}: change --num_codebooks or num_semantic")
         if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.cfg.num_codebooks:
             raise ValueError(f"codes must be (batch, 1..{self.cfg.num_codebooks} codebooks, frames), got {tuple(codes.shape)}: change --num_codebooks")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.cfg.codebook_size):

@@ -48,7 +48,7 @@ import lora                      # noqa: E402
 import parallel                  # noqa: E402
 import runtime                   # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
-from checkpoint import check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
+from checkpoint import carry_over, check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
 from dataset_pipeline import ConversationDataset, Prefetch, Stage, data_folders, phone_ids, read_index  # noqa: E402
 
 
@@ -115,6 +115,9 @@ def build_model(cfg: TrainConfig, saved: dict | None, codec_fingerprint: str) ->
         raise ValueError(f"there are no weights of size {cfg.model_size} to adapt: name some with --init_from")
     model = CSM(model_preset(cfg.model_size))
     model.init_weights(torch.Generator().manual_seed(cfg.seed), open_gates=True)
+    if cfg.carry_over:
+        copied, total = carry_over(model, load_model(cfg.carry_over))
+        return model, f"starting from {copied / total:.0%} of the numbers of {cfg.carry_over}, the rest from scratch"
     return model, "starting from scratch"
 
 
@@ -350,7 +353,7 @@ class Trainer:
         self.codec_fingerprint = read_index(cfg.data)["codec_fingerprint"]
         self._build(saved)
         self.curriculum = self.origin == "starting from scratch" if saved is None else saved["curriculum"]
-        self.lr_scale = 1.0 if self.curriculum else cfg.init_lr_scale
+        self.lr_scale = 1.0 if self.curriculum or cfg.from_scratch else cfg.init_lr_scale
         self.weights = self.model.cfg.loss_weights
         options = {"codec_fingerprint": self.codec_fingerprint, "batch_positions": cfg.batch_positions}
         self.data = ConversationDataset(cfg.data, self.model.cfg, "train", seed=cfg.seed, ranks=ranks, **options)

@@ -13,175 +13,27 @@ the pitch output itself is trained on the measured pitch directly.
 from __future__ import annotations
 
 import contextlib
-import gzip
-import hashlib
-import itertools
 import json
 import math
 import os
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from codec_data import GRID, UNKNOWN, CodecData
 from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 
-GRID = 240                      # samples between label points: 10 ms
-TRUNCATIONS = (1, 1, 1, 2, 2, 2, 2, 3, 4, 6, 8, 10, 12, 16, 16, 16, 16, 24)
+# semantic and acoustic codebooks of the crops that are decoded from fewer: few alone, as models use them, and half of all
+TRUNCATIONS = ((1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (2, 0), (2, 0), (3, 0), (4, 0), (8, 0), (10, 0), (3, 4), (3, 9), (3, 9), (3, 9), (3, 9), (10, 6), (10, 6), (10, 6), (6, 12))
+ACOUSTIC_ERRORS = 0.3           # share of the semantic side's exchanged codes: acoustic ones are foretold better
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
 HELD_OUT_SECONDS = 300          # of validation sound: 3,750 frames
 SAMPLES, SAMPLE_SECONDS = 2, 4  # turns written out to hear and see
 LOSSES = ("mel", "stft", "phones", "f0", "commit", "adversarial", "features", "discriminator")
 ADVERSARIAL_RAMP = 500          # steps over which the discriminators' weight grows
-UNKNOWN = 255                   # phone label where nobody knows the phone
-RECORDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
-
-
-# ----------------------------------------------------------------------------- data
-
-def read_supervisions(data: str, split: str) -> list[dict]:
-    path = Path(data) / "manifests" / split / "supervisions.jsonl.gz"
-    if not path.exists():
-        raise ValueError(f"no manifest {path}: run python collect_data.py --output {data}")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def label_turn(job: tuple) -> tuple:
-    """One turn -> (int16 samples (N,), phones (N // GRID + 1,) uint8, f0 Hz (same) float32)."""
-    import numpy as np
-    import soundfile
-    path, alignment, alphabet = job
-    audio, _ = soundfile.read(path, dtype="float32")
-    points = len(audio) // GRID + 1
-    phones = np.zeros(points, np.uint8)
-    times = np.arange(points) * GRID / 24000
-    index = np.searchsorted(np.asarray(alignment["ends"]), times, side="right")
-    symbols = np.asarray([max(0, alphabet.find(p)) for p in alignment["phones"]] + [0], np.uint8)
-    phones[:] = symbols[np.minimum(index, len(symbols) - 1)]
-    return (audio * 32767).astype(np.int16), phones, measure_pitch(audio)
-
-
-def continuous_pitch(f0, gap: int = 12):
-    """f0 (P,) with zeros -> interpolated everywhere; negative where no voiced point lies within `gap` points (120 ms).
-
-    WORLD's quick tracker leaves out a fifth of the voiced frames, so its voiced flag is not believed (LOG.md).
-    """
-    import numpy as np
-    voiced = np.flatnonzero(f0 > 0)
-    if len(voiced) == 0:
-        return np.full(len(f0), -120.0, np.float32)
-    points = np.arange(len(f0))
-    filled = np.exp(np.interp(points, voiced, np.log(f0[voiced])))
-    after = np.minimum(np.searchsorted(voiced, points), len(voiced) - 1)
-    near = np.minimum(np.abs(voiced[after] - points), np.abs(points - voiced[np.maximum(after - 1, 0)])) <= gap
-    return np.where(near, filled, -filled).astype(np.float32)
-
-
-def label_recording(path: str) -> tuple:
-    """A recording without transcript -> as label_turn, phones unknown; None for one that is too short or cannot be read."""
-    import numpy as np
-
-    import audio_io
-    try:
-        audio = audio_io.read_audio(path)
-    except ValueError:
-        return None
-    if len(audio) < 12000 or np.abs(audio).max() < 0.01:
-        return None
-    audio = audio / np.abs(audio).max() * 0.7
-    return (audio * 32767).astype(np.int16), np.full(len(audio) // GRID + 1, UNKNOWN, np.uint8), measure_pitch(audio)
-
-
-def measure_pitch(audio):
-    """float32 (N,) -> f0 in Hz every 10 ms, (N // GRID + 1,); 0 where unvoiced. WORLD's dio and stonemask (Morise et al. 2016)."""
-    import numpy as np
-    import pyworld
-    x, points = audio.astype(np.float64), len(audio) // GRID + 1
-    f0, t = pyworld.dio(x, 24000, f0_floor=55, f0_ceil=580, frame_period=10.0)
-    f0 = pyworld.stonemask(x, f0, t, 24000).astype(np.float32)[:points]
-    return np.pad(f0, (0, points - len(f0)))
-
-
-class CodecData:
-    """All turns of a split in memory: int16 audio, phone and pitch labels every 10 ms. Crops are drawn at random."""
-
-    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 2, recordings: str = "", augment: float = 0.0):
-        turns = read_supervisions(data, split)
-        if limit_hours:
-            before = [0.0, *itertools.accumulate(t["duration"] for t in turns)]
-            turns = [t for t, seconds in zip(turns, before) if seconds <= limit_hours * 3600]
-        jobs = [(str(Path(data) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in turns]
-        cache = Path(data) / "codec_labels" / f"{split}-{hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16]}.npz"
-        labelled = cached_labels(cache, label_turn, jobs, workers, f"labels {split}")
-        if recordings:
-            labelled += self._recordings(recordings, workers)
-        self.turns = [(audio, phones, continuous_pitch(f0)) for audio, phones, f0 in labelled]
-        self.hours = sum(len(t[0]) for t in self.turns) / 24000 / 3600
-        self.augment = augment
-
-    def _recordings(self, folder: str, workers: int) -> list[tuple]:
-        files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in RECORDINGS and p.parent.name != "silence")
-        if not files:
-            raise ValueError(f"no audio files in {folder}: check --recordings")
-        cache = Path(folder) / f".codec_labels-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.npz"
-        return cached_labels(cache, label_recording, files, workers, "recordings")
-
-    def crop(self, rng, length: int) -> tuple:
-        """-> audio (length,) float, phones and f0 at the label points of the crop."""
-        import numpy as np
-        audio, phones, f0 = self.turns[rng.integers(len(self.turns))]
-        points = length // GRID + 4
-        start = int(rng.integers(-8, max(1, len(phones) - length // GRID + 8)))
-        take = np.arange(start, start + points)
-        inside = (take >= 0) & (take < len(phones))
-        take = take.clip(0, len(phones) - 1)
-        sample = np.zeros(length, np.float32)
-        left, right = max(0, start * GRID), min(len(audio), start * GRID + length)
-        if right > left:
-            sample[left - start * GRID:right - start * GRID] = audio[left:right].astype(np.float32) / 32767
-        return sample, np.where(inside, phones[take], 0), np.where(inside, f0[take], -120.0).astype(np.float32)
-
-    def batch(self, rng, size: int, length: int):
-        """-> audio (B, N), phones (B, P) long, f0 (B, P); P = N / 240 + 4 label points."""
-        import numpy as np
-        import torch
-        items = [self.crop(rng, length) for _ in range(size)]
-        gain = 10 ** (rng.uniform(-12, 3, (size, 1)) / 20)
-        audio = np.stack([roughen(i[0], rng, self.augment) for i in items]) * gain.astype(np.float32)
-        return (torch.from_numpy(audio).float().clamp(-1, 1), torch.from_numpy(np.stack([i[1] for i in items])).long(),
-                torch.from_numpy(np.stack([i[2] for i in items])))
-
-
-def cached_labels(cache: Path, label, jobs: list, workers: int, what: str) -> list[tuple]:
-    """label(job) for every job, in parallel, kept in `cache`; what gave None is left out."""
-    import numpy as np
-    from tqdm import tqdm
-
-    import runtime
-    if cache.exists():
-        with np.load(cache) as stored:
-            return [tuple(stored[f"{i}_{part}"] for part in range(3)) for i in range(len(stored.files) // 3)]
-    with ProcessPoolExecutor(workers) as pool:
-        found = [t for t in tqdm(pool.map(label, jobs, chunksize=8), total=len(jobs), desc=what, unit="file", mininterval=5) if t is not None]
-    cache.parent.mkdir(exist_ok=True)
-    runtime.atomic_write(cache, lambda file: np.savez(file, **{f"{i}_{part}": a for i, turn in enumerate(found) for part, a in enumerate(turn)}))
-    return found
-
-
-def roughen(audio, rng, probability: float):
-    """(N,) -> the same, sometimes with a narrower band (2.8 to 10 kHz), sometimes with steady noise 15 to 40 dB below it."""
-    import numpy as np
-    if rng.random() < probability:
-        spectrum = np.fft.rfft(audio)
-        hz = np.arange(len(spectrum)) * (12000 / (len(spectrum) - 1))
-        audio = np.fft.irfft(spectrum / (1 + (hz / rng.uniform(2800, 10000)) ** 16), len(audio)).astype(np.float32)
-    if rng.random() < probability:
-        noise = np.fft.rfft(rng.standard_normal(len(audio)).astype(np.float32))
-        noise = np.fft.irfft(noise / (1 + np.arange(len(noise)) * rng.uniform(0, 20) / len(noise)), len(audio))
-        level = np.sqrt(np.mean(audio ** 2)) * 10 ** (-rng.uniform(15, 40) / 20)
-        audio = audio + (noise / max(1e-9, noise.std()) * level).astype(np.float32)
-    return audio
+THAW = 400                      # steps for which weights taken from a folder wait for the new parts beside them to learn
+ENCODER = ("feature_in.", "slot_encoder.", "merge.", "frame_encoder.", "semantic_in.")
+JITTER = 10.0                   # weight of the pitch's error from hop to hop, beside 4 for the pitch itself
 
 
 # ----------------------------------------------------------------------------- losses
@@ -233,49 +85,52 @@ def make_trainer_modules(cfg: CodecConfig):
     return PhoneReader(), SpectralLoss()
 
 
-def quantise(codec, x, cfg: CodecTrainConfig, generator):
+def quantise(codec, x, cfg: CodecTrainConfig, generator, ready=(True, True)):
     """latents (B, T, E) -> decoder input (B, T, E), commitment loss, per side (quantiser, z, codes, partial sums),
-    and what the decoder hears of the semantic side (B, T, d)."""
+    and what the decoder hears of the semantic side (B, T, d). A side that is not `ready` is heard unquantised; its codes are None."""
     import torch
-    total, split = codec.cfg.num_codebooks, codec.cfg.num_semantic
-    count = draw_truncation(x.shape[0], total, cfg, generator)
+    split = codec.cfg.num_semantic
+    counts = draw_truncation(x.shape[0], split, codec.cfg.num_codebooks - split, cfg, generator)
     sides, commit, decoder_in, words = [], 0.0, 0.0, None
-    for offset, quantizer, project, back in ((0, codec.semantic, codec.semantic_in, codec.semantic_out),
-                                             (split, codec.acoustic, codec.acoustic_in, codec.acoustic_out)):
+    for side, (quantizer, project, back) in enumerate(((codec.semantic, codec.semantic_in, codec.semantic_out), (codec.acoustic, codec.acoustic_in, codec.acoustic_out))):
         z = project(x).float()
-        codes = quantizer.encode(z.detach(), quantizer.levels)
-        vectors = quantizer.vectors(codes)                                             # (L, B, T, d)
-        sums = vectors.cumsum(0)
-        before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
-        commit = commit + ((z[None] - before - vectors) ** 2).mean()
+        if ready[side]:
+            codes = quantizer.encode(z.detach(), quantizer.levels)
+            vectors = quantizer.vectors(codes)                                         # (L, B, T, d)
+            sums = vectors.cumsum(0)
+            before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
+            commit = commit + ((z[None] - before - vectors) ** 2).mean()
+            keep = (torch.arange(quantizer.levels)[:, None] < counts[side][None]).to(z.device, z.dtype)[..., None, None]
+            rate = 1.0 if side == 0 else ACOUSTIC_ERRORS
+            heard = (missample(vectors, cfg.sure_codebooks if side == 0 else 1, cfg.noise_probability, generator, rate) * keep).sum(0)
+        else:
+            codes, sums, heard = None, z[None].detach(), z.detach()
         sides.append((quantizer, z, codes, sums))
-        keep = (torch.arange(offset, offset + quantizer.levels)[:, None] < count[None]).to(z.device, z.dtype)[..., None, None]
-        sure = cfg.sure_codebooks if offset == 0 else 1
-        heard = (missample(vectors, sure, cfg.noise_probability, generator) * keep).sum(0)
         words = heard if words is None else words
-        there = (count > offset).to(z.device, z.dtype)[:, None, None]
+        there = (counts[side] > 0).to(z.device, z.dtype)[:, None, None]
         decoder_in = decoder_in + back(z + (heard - z).detach()) * there
     return decoder_in, commit, sides, words
 
 
-def draw_truncation(B: int, total: int, cfg: CodecTrainConfig, generator):
-    """Per crop: how many codebooks the decoder hears, (B,)."""
+def draw_truncation(B: int, semantic: int, acoustic: int, cfg: CodecTrainConfig, generator):
+    """Per crop: how many semantic and how many acoustic codebooks the decoder hears, (2, B)."""
     import torch
     short = torch.rand(B, generator=generator) < cfg.dropout_probability
-    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)].clamp(max=total)
-    return torch.where(short, choice, total)
+    whole = torch.tensor([semantic, acoustic])
+    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)].minimum(whole)
+    return torch.where(short[:, None], choice, whole).T
 
 
-def missample(vectors, sure: int, probability: float, generator):
+def missample(vectors, sure: int, probability: float, generator, most: float = 1.0):
     """vectors (L, B, T, d): in some crops a share of the later levels' codes are another crop's, as a language model's errors would be.
 
-    The first `sure` levels are always right. Where errors begin and how frequent they are differs from crop to crop.
+    The first `sure` levels are always right. Where errors begin and how frequent they are (0 to `most`) differs from crop to crop.
     """
     import torch
     L, B, T, _ = vectors.shape
     first = torch.randint(min(sure, L), L + 1, (B,), generator=generator)
     first = torch.where(torch.rand(B, generator=generator) < 0.5, sure, first)
-    rate = torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < probability)
+    rate = most * torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < probability)
     may = torch.arange(L)[:, None] >= first[None]
     where = (torch.rand((L, B, T), generator=generator) < rate[None, :, None]) & may[..., None]
     return torch.where(where[..., None].to(vectors.device), vectors.roll(1, 1), vectors)
@@ -294,21 +149,19 @@ def driving_pitch(predicted, measured, share: float, generator):
     return torch.where(own, predicted.detach(), measured)
 
 
-def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generator, quantised: bool, adversary=None):
+def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generator, ready, adversary=None, drawn_semantic: int = 0):
     """-> dict of losses (names as in cfg.loss_weights), tensors for the codebook update, metrics."""
     import torch
     import torch.nn.functional as F
-    audio, phones, f0_grid = batch
+    audio, phones, f0_grid, drawn = batch
     B, N = audio.shape
     x, _ = codec.latents(audio)
     losses = {}
-    if quantised:
-        decoder_in, losses["commit"], sides, words = quantise(codec, x, cfg, generator)
-        sums, zs = sides[0][3], sides[0][1]
-        partial = [zs + (part - zs).detach() for part in (*(sums[min(n, len(sums)) - 1] for n in PHONE_LEVELS), words)]
-    else:
-        zs, za = codec.semantic_in(x), codec.acoustic_in(x)
-        decoder_in, sides, partial = codec.semantic_out(zs) + codec.acoustic_out(za), (zs, za), [zs]
+    decoder_in, losses["commit"], sides, words = quantise(codec, x, cfg, generator, ready)
+    losses["commit"] = audio.new_tensor(0.0) + losses["commit"]
+    sums, zs = sides[0][3], sides[0][1]
+    read = [*(sums[min(n, len(sums)) - 1] for n in PHONE_LEVELS), words] if ready[0] else [zs]
+    partial = [zs + (part - zs).detach() for part in read]
     slots, per_slot = N // codec.cfg.slot_size, codec.cfg.slot_size // GRID
     target = phones[:, per_slot // 2:][:, ::per_slot][:, :slots]                       # label at the slot's centre
     logits = reader(torch.cat(partial).float())
@@ -316,18 +169,23 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     labels = (target >= 0).sum().clamp_min(1)
     phone_losses = [F.cross_entropy(p.reshape(-1, p.shape[-1]), target.reshape(-1), reduction="sum") / labels for p in logits.chunk(len(partial))]
     losses["phones"] = sum(phone_losses) / len(phone_losses)
+    if drawn.shape[1]:
+        heard = codec.dequantise(drawn.clamp_min(0), drawn_semantic).to(decoder_in.dtype)
+        decoder_in = torch.where((drawn[:, :1, :1] >= 0), heard, decoder_in)
     (harmonic, noise, f0), _ = codec.controls(decoder_in)
     centre = codec.cfg.synth_hop // GRID
     true_f0 = f0_grid[:, centre:centre + f0.shape[1]]
     known = (true_f0 > 0).float()
-    losses["f0"] = 4 * ((f0.log() - true_f0.abs().log()).abs() * known).sum() / known.sum().clamp_min(1)
+    away = f0.log() - true_f0.abs().log()
+    both = known[:, 1:] * known[:, :-1]                                                 # a pitch that trembles from hop to hop sounds rough
+    losses["f0"] = 4 * (away.abs() * known).sum() / known.sum().clamp_min(1) + JITTER * (away.diff(dim=1).abs() * both).sum() / both.sum().clamp_min(1)
     state = {"tail": audio.new_zeros(B, codec.cfg.synth_fft - codec.cfg.synth_hop), "phase": None,
              "hop": torch.randint(0, 200, (B,), generator=generator).to(audio.device)}
     with torch.autocast(audio.device.type, enabled=False):                              # envelopes and spectra in full precision
         fake, _ = codec.synth(harmonic, noise, driving_pitch(f0, true_f0.abs(), cfg.predicted_pitch, generator), state)
         losses["mel"], losses["stft"] = spectral(fake, audio)
     accuracy = [(p.argmax(-1) == target).sum() / labels for p in logits.chunk(len(partial))]
-    metrics = {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if quantised else ("z",), accuracy)}
+    metrics = {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if ready[0] else ("z",), accuracy)}
     if adversary is not None:
         said, seen = adversary.judge(fake, audio, generator)
         losses, metrics = losses | said, metrics | seen
@@ -344,22 +202,33 @@ class Run:
         import torch
 
         import runtime
+        from checkpoint import check_codec, codec_fingerprint
         from discriminators import Adversary
         from rvq_tokenizer import Codec
         torch.manual_seed(cfg.seed)
         self.cfg, self.output, self.device = cfg, Path(cfg.output), runtime.pick_device(cfg.device)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment)
+        self.data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment, drawn=cfg.drawn)
         self.codec = Codec(codec_cfg).to(self.device)
         self.reader, self.spectral = (module.to(self.device) for module in make_trainer_modules(codec_cfg))
         self.parameters = trained_parameters(self.codec, self.reader, cfg.decoder_only)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
         self.adversary = Adversary(cfg.discriminator_width, cfg.discriminator_phase, cfg.adversarial_seconds, codec_cfg.sample_rate, self.device) if cfg.adversarial else None
         self.rng, self.generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
-        self.step, self.minutes, self.started, self.interrupted = 0, 0.0, False, False      # started: the codebooks are in use
+        self.step, self.minutes, self.interrupted = 0, 0.0, False
+        self.ready = [False, False]                                                         # are the semantic, the acoustic codebooks in use
+        self.thaw = 0                                                                       # the encoder and the semantic codebooks rest until this step
         self.listener: CodecData | None = None                                              # held-out data, loaded when first needed
-        if cfg.resume or cfg.init_from:
+        if cfg.init_from and not cfg.resume and Path(cfg.init_from).is_dir():
+            load_folder(cfg.init_from, self)
+        elif cfg.resume or cfg.init_from:
             load_state(cfg.resume or cfg.init_from, self, weights_only=not cfg.resume)
+        if cfg.drawn:
+            check_codec(cfg.drawn, self.data.drawn_fingerprint, codec_fingerprint(self.codec))
+
+    @property
+    def started(self) -> bool:
+        return all(self.ready)
 
     @property
     def progress(self) -> float:
@@ -385,7 +254,7 @@ class Run:
 
 
 def start_codebooks(run: Run) -> None:
-    """k-means over latents of the warmed-up encoder."""
+    """k-means over latents of the warmed-up encoder, for the sides whose codebooks are not in use yet."""
     import torch
     codec, cfg = run.codec, run.cfg
     codec.eval()
@@ -395,10 +264,32 @@ def start_codebooks(run: Run) -> None:
             x, _ = codec.latents(run.batch()[0])
             zs.append(codec.semantic_in(x).reshape(-1, codec.cfg.semantic_dim))
             za.append(codec.acoustic_in(x).reshape(-1, codec.cfg.acoustic_dim))
-        codec.semantic.kmeans(torch.cat(zs))
-        codec.acoustic.kmeans(torch.cat(za))
+        for side, (quantizer, z) in enumerate(((codec.semantic, zs), (codec.acoustic, za))):
+            if not run.ready[side]:
+                quantizer.kmeans(torch.cat(z))
     codec.train()
-    run.started = True
+    run.ready = [True, True]
+
+
+def load_folder(folder: str, run: Run) -> None:
+    """Weights of a pretrained folder into `run`, as far as they fit: a side or a layer of another size starts anew, and is named."""
+    from safetensors.torch import load_file
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"no weights {path}: check --init_from")
+    stored, own = load_file(path), run.codec.state_dict()
+    fits = {name: value.float() for name, value in stored.items() if name in own and own[name].shape == value.shape}
+    anew = sorted({name.split(".")[0] for name in own if name not in fits})
+    if not fits:
+        raise ValueError(f"nothing in {path} has the size of this codec: check --init_from")
+    run.codec.load_state_dict(own | fits)
+    print(f"starting from {folder}; " + (f"of another size, so new: {', '.join(anew)}" if anew else "all of it fits"))
+    for side, name in enumerate(("semantic", "acoustic")):
+        run.ready[side] = not {name, f"{name}_in", f"{name}_out"} & set(anew)
+        quantizer = getattr(run.codec, name)
+        quantizer.sums.copy_(quantizer.codebooks)
+        quantizer.usage.fill_(1.0)
+    run.thaw = THAW if run.ready[0] and not any(name.startswith(ENCODER) and name not in fits for name in own) else 0
 
 
 def save_state(path: Path, run: Run) -> None:
@@ -412,7 +303,7 @@ def save_state(path: Path, run: Run) -> None:
     weights = codec.state_dict()                                     # under both names: checkpoint.load_codec reads "model"; the tensors are stored once
     state = {"kind": "codec", "format": 1, "config": dataclasses.asdict(codec.cfg), "codec": weights, "model": weights, "ema": buffers,
              "reader": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(), "adversary": run.adversary.state_dict() if run.adversary else None,
-             "step": run.step, "minutes": run.minutes, "started": run.started, "rng": json.dumps(run.rng.bit_generator.state), "generator": run.generator.get_state(),
+             "step": run.step, "minutes": run.minutes, "ready": run.ready, "thaw": run.thaw, "rng": json.dumps(run.rng.bit_generator.state), "generator": run.generator.get_state(),
              "torch": torch.get_rng_state(), "cuda": runtime.rng_state()["cuda"], "train": dataclasses.asdict(run.cfg)}
     runtime.atomic_write(path, lambda file: torch.save(state, file))
 
@@ -436,7 +327,7 @@ def load_state(path, run: Run, weights_only: bool) -> None:
     for name, value in state["ema"].items():
         module, buffer = name.split(".")
         getattr(getattr(run.codec, module), buffer).copy_(value)
-    run.started = state["started"]
+    run.ready, run.thaw = list(state["ready"]), state["thaw"]
     if weights_only:
         return
     run.optimizer.load_state_dict(state["optimizer"])
@@ -530,19 +421,24 @@ def train_step(run: Run):
         group["lr"] = cfg.lr * rate
     adversary = run.adversary if run.step >= cfg.adversarial_start else None
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.started, adversary)
+        losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.ready, adversary, run.data.drawn_semantic)
     weights = cfg.loss_weights | {name: cfg.loss_weights[name] * run.adversarial_weight for name in ("adversarial", "features")}
     total = sum(weights[name] * value for name, value in losses.items())
     if not torch.isfinite(total):
         raise ValueError(f"the loss is not finite ({ {k: float(v.detach()) for k, v in losses.items()} }): lower --lr or resume from an earlier checkpoint")
     run.optimizer.zero_grad(set_to_none=True)
     total.backward(inputs=run.parameters)                            # not the discriminators': theirs wait in the adversary
+    resting = run.step < run.thaw
+    if resting:
+        for name, parameter in run.codec.named_parameters():
+            if name.startswith(ENCODER):
+                parameter.grad = None
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, cfg.grad_clip)
     run.optimizer.step()
     if adversary is not None:
         adversary.update(cfg.discriminator_lr * rate)
-    if run.started and not cfg.decoder_only:
-        for quantizer, z, codes, _ in sides:
+    for quantizer, z, codes, _ in sides:
+        if codes is not None and not cfg.decoder_only and not (resting and quantizer is run.codec.semantic):
             quantizer.update(z.detach(), codes, cfg.ema)
     run.step += 1
     return lambda: {"lr": cfg.lr * rate, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in (losses | metrics).items()}
@@ -570,7 +466,7 @@ def evaluate(run: Run) -> dict:
     data, codec, generator = held_out(run), run.codec, torch.Generator().manual_seed(0)
     batch = data.batch(np.random.default_rng(0), cfg.batch, int(cfg.seconds * codec.cfg.sample_rate))
     with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        losses, _, metrics = codec_losses(codec, run.reader, run.spectral, tuple(t.to(run.device) for t in batch), cfg, generator, run.started)
+        losses, _, metrics = codec_losses(codec, run.reader, run.spectral, tuple(t.to(run.device) for t in batch), cfg, generator, run.ready)
     found = {f"validation_{k}": float(v) for k, v in (losses | metrics).items()} | {"held_out": data is not run.data}
     if run.started:
         sound = np.concatenate([turn[0] for turn in data.turns])[:HELD_OUT_SECONDS * codec.cfg.sample_rate].astype(np.float32) / 32767

@@ -173,3 +173,21 @@ def test_export_command(tmp_path, model, capsys):
     assert checkpoint.load_model(tmp_path / "m").codec_fingerprint == "a" * 16
     assert checkpoint.main(["--checkpoint", str(tmp_path / "none.pt"), "--output", str(tmp_path / "m")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no checkpoint")
+
+
+def test_carry_over_takes_what_fits():
+    """A model of fewer codebooks keeps reader, backbone and the rows of the semantic codebooks that both read."""
+    from architecture import CSM
+    from checkpoint import carry_over
+    from config import model_preset
+    old, new = CSM(model_preset("test")), CSM(model_preset("test", num_codebooks=5, num_semantic=2))
+    for seed, model in enumerate((old, new)):
+        model.init_weights(torch.Generator().manual_seed(seed), open_gates=True)
+    before = {n: v.clone() for n, v in new.state_dict().items()}
+    copied, total = carry_over(new, old)
+    V = old.cfg.audio_vocab
+    assert torch.equal(new.backbone.layers[0].mlp.w1.weight, old.backbone.layers[0].mlp.w1.weight)
+    rows = new.audio_embeddings.weight
+    assert torch.equal(rows[:2 * V], old.audio_embeddings.weight[:2 * V]) and torch.equal(rows[2 * V:], before["audio_embeddings.weight"][2 * V:])
+    assert torch.equal(new.audio_head[:1], old.audio_head[:1]) and torch.equal(new.audio_head[1:], before["audio_head"][1:])
+    assert 0.5 < copied / total < 1

@@ -68,6 +68,7 @@ COMMANDS = {
     "python benchmark.py judges": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py data": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py tokens": ("--turns 2 --train_turns 20 --probe_turns 2 --steps 3 --model_steps 10 --results outputs/R.md", ""),
     "python benchmark.py voice": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
@@ -93,7 +94,7 @@ def tiny_codec(folder: Path) -> None:
     from config import CodecConfig
     from rvq_tokenizer import Codec
     save_codec(Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, semantic_dim=8, acoustic_dim=8, width=32, latent=32,
-                                 encoder_layers=1, latent_layers=1, decoder_layers=1, num_mels=40)).eval(), folder)
+                                 encoder_layers=1, latent_layers=1, decoder_width=32, decoder_layers=1, num_mels=40)).eval(), folder)
 
 
 def tiny_official_weights(folder: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 import soundfile
 import torch
 
+import codec_data
 import train_codec
 from config import CodecConfig, CodecTrainConfig
 from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics
 
 TINY = CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, semantic_dim=8, acoustic_dim=12, width=24, latent=32, encoder_layers=1,
-                   latent_layers=1, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)
+                   latent_layers=1, decoder_width=28, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_statistics():
 def test_continuous_pitch_bridges_short_gaps():
     f0 = np.zeros(60, np.float32)
     f0[[5, 10]] = 100, 200
-    out = train_codec.continuous_pitch(f0)
+    out = codec_data.continuous_pitch(f0)
     assert (np.abs(out) >= 99).all() and 100 < out[7] < 200
     assert out[5] > 0 and out[40] < 0
 
@@ -140,7 +141,7 @@ def data(tmp_path_factory):
         t = np.arange(24000) / 24000
         audio = 0.3 * np.sign(np.sin(2 * np.pi * (120 + 20 * i) * t)) * (t > 0.2) + 0.001 * rng.standard_normal(24000)
         soundfile.write(tmp_path / f"{i}.flac", audio, 24000)
-        rows.append({"duration": 1.0, "custom": {"turn_audio": f"{i}.flac", "alignment": {"phones": "_A", "ends": [0.2, 1.0]}}})
+        rows.append({"id": f"turn-{i}", "duration": 1.0, "custom": {"turn_audio": f"{i}.flac", "alignment": {"phones": "_A", "ends": [0.2, 1.0]}}})
     folder = tmp_path / "manifests" / "train"
     folder.mkdir(parents=True)
     with gzip.open(folder / "supervisions.jsonl.gz", "wt") as file:
@@ -280,6 +281,89 @@ def test_the_validation_split_is_held_out(data, tmp_path):
     run = train_codec.Run(settings(folder, tmp_path / "a"), TINY)
     found = train_codec.evaluate(run)
     assert found["held_out"] is True and train_codec.held_out(run) is not run.data and found == train_codec.evaluate(run)
+
+
+def test_a_folder_of_weights_is_the_start_and_what_does_not_fit_is_new(data, tmp_path, capsys):
+    """The encoder rests until the new parts have learned; the semantic codes go on."""
+    from checkpoint import save_codec
+    torch.manual_seed(3)
+    old = Codec(TINY)
+    old.semantic.codebooks.mul_(10)
+    save_codec(old, tmp_path / "old")
+    wider = dataclasses.replace(TINY, acoustic_dim=16, decoder_width=20)
+    run = train_codec.Run(settings(data, tmp_path / "a", init_from=str(tmp_path / "old")), wider)
+    said = capsys.readouterr().out
+    assert "acoustic_in" in said and "hop_decoder" in said and "semantic" not in said.split("new:")[1]
+    assert run.ready == [True, False] and run.thaw > 0
+    before = {n: p.detach().clone() for n, p in run.codec.named_parameters()}
+    books = run.codec.semantic.codebooks.clone()
+    train_codec.train_step(run)
+    train_codec.start_codebooks(run)
+    train_codec.train_step(run)
+    moved = {n for n, p in run.codec.named_parameters() if not torch.equal(p, before[n])}
+    assert any(n.startswith("hop_decoder") for n in moved) and not any(n.startswith(train_codec.ENCODER) for n in moved)
+    assert run.started and torch.equal(run.codec.semantic.codebooks, books)
+    run.step = run.thaw
+    train_codec.train_step(run)
+    assert not torch.equal(run.codec.feature_in.weight, before["feature_in.weight"]) and not torch.equal(run.codec.semantic.codebooks, books)
+
+
+def test_crops_hear_few_of_either_side():
+    cfg = CodecTrainConfig(dropout_probability=0.5)
+    counts = train_codec.draw_truncation(4000, 10, 22, cfg, torch.Generator().manual_seed(0))
+    pairs = {tuple(p) for p in counts.T.tolist()}
+    assert pairs == set(train_codec.TRUNCATIONS) | {(10, 22)}
+    assert 0.4 < (counts.sum(0) == 32).float().mean() < 0.6
+    small = train_codec.draw_truncation(500, 2, 4, cfg, torch.Generator().manual_seed(0))
+    assert small[0].max() == 2 and small[1].max() == 4 and small.sum(0).min() >= 1
+
+
+def test_either_side_can_be_cut_short(codec):
+    """5 codes = 2 semantic + 3 acoustic, or 1 + 4: what is left out adds nothing to the latent."""
+    codes = codec.encode(noise(8000))
+    few = codes[:, [0, 2, 3, 4, 5]]
+    one = codec.semantic_out(codec.semantic.decode(codes[:, :1])) + codec.acoustic_out(codec.acoustic.decode(codes[:, 2:]))
+    assert torch.allclose(codec.dequantise(few, 1), one, atol=1e-6)
+    assert torch.equal(codec.decode(codes, 2), codec.decode(codes)) and not torch.equal(codec.decode(few, 1), codec.decode(few, 2))
+    with pytest.raises(ValueError, match="this codec has 2 and 4"):
+        codec.decode(codes, 1)
+
+
+def drawn_file(path, codec, frames=12):
+    from safetensors.torch import save_file
+
+    from checkpoint import codec_fingerprint
+    codes = torch.full((4, frames), 7, dtype=torch.int16)
+    save_file({"codes": codes}, path, metadata={"kind": "drawn codes", "codec_fingerprint": codec_fingerprint(codec), "num_semantic": "1",
+                                                "turns": json.dumps([{"id": "turn-1", "frames": frames}])})
+    return str(path)
+
+
+def test_the_decoder_learns_from_drawn_codes(data, tmp_path, monkeypatch):
+    train_codec.train(settings(data, tmp_path / "a"), TINY)
+    start = str(tmp_path / "a" / "last.pt")
+    codec = Codec(TINY)
+    codec.load_state_dict(saved(tmp_path / "a")["codec"])
+    path = drawn_file(tmp_path / "drawn.safetensors", codec)
+    cfg = settings(data, tmp_path / "b", init_from=start, decoder_only=True, drawn=path)
+    run = train_codec.Run(cfg, TINY)
+    *_, drawn = run.data.batch(np.random.default_rng(0), 64, 11520)
+    given = drawn[:, 0, 0] >= 0
+    assert drawn.shape == (64, 4, 6) and (drawn[given] == 7).all() and (drawn[~given] == -1).all() and 2 < given.sum() < 20
+    heard = []
+    monkeypatch.setattr(run.codec, "controls", lambda z, inner=run.codec.controls: heard.append(z) or inner(z))
+    while not heard or not given.any():
+        heard.clear()
+        batch = run.batch()
+        given = batch[3][:, 0, 0] >= 0
+        train_codec.codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.ready, None, 1)
+    want = run.codec.dequantise(torch.full((1, 4, 6), 7), 1)
+    assert torch.allclose(heard[0][given], want.expand(int(given.sum()), -1, -1), atol=1e-5) and not torch.allclose(heard[0][~given][:1], want, atol=1e-2)
+    with pytest.raises(ValueError, match="--decoder_only"):
+        settings(data, tmp_path / "b", init_from=start, drawn=path)
+    codec.semantic.codebooks.add_(1)
+    with pytest.raises(ValueError, match="codec"):
+        train_codec.Run(dataclasses.replace(cfg, drawn=drawn_file(tmp_path / "other.safetensors", codec)), TINY)
 
 
 def test_missing_data_names_the_command(capsys):

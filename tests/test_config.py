@@ -16,7 +16,7 @@ def test_depth_weights_are_even_without_decay():
 
 
 def test_coarse_codebooks_weigh_more_on_both_sides():
-    cfg = model_preset("nano", depth_decay=1.0)
+    cfg = model_preset("tiny", depth_decay=1.0)
     weights, split = cfg.depth_weights, cfg.num_semantic - 1          # weights[i] belongs to codebook i + 2
     assert weights[:split] == sorted(weights[:split], reverse=True) and weights[split:] == sorted(weights[split:], reverse=True)
     assert weights[0] == pytest.approx(weights[split]) and weights[0] > 2 * weights[2]
@@ -51,3 +51,10 @@ def test_noisy_frames_change_some_inputs_only_in_training():
     assert {tuple(f) for f in noisy[:, 10:-1].reshape(-1, K + 1).tolist()} <= known
     assert torch.equal(model.eval()._noisy_frames(batch, g), frames)
     assert torch.equal(CSM(dataclasses.replace(cfg, code_noise=0.0)).train()._noisy_frames(batch, g), frames)
+
+
+def test_a_model_reads_the_first_codebooks_of_either_side():
+    from config import codec_columns
+    assert codec_columns(12, 3, 10) == [0, 1, 2, *range(10, 19)]
+    assert codec_columns(16, 8, 10) == [*range(8), *range(10, 18)]
+    assert codec_columns(16, 10, 10) == list(range(16)) and codec_columns(32, 10, 1) == list(range(32)) and codec_columns(2, 4, 10) == [0, 1]

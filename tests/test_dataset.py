@@ -30,7 +30,7 @@ class ToyCodec(torch.nn.Module):
 
 
 def turn(frames=5, text="hi you", consumed=(0, 2, 3, 5, 6), speaker=0, mood="happy", seed=0):
-    codes = torch.randint(0, 64, (32, frames), generator=torch.Generator().manual_seed(seed)).to(torch.int16)
+    codes = torch.randint(0, 64, (CFG.num_codebooks, frames), generator=torch.Generator().manual_seed(seed)).to(torch.int16)
     return dp.Turn(codes, torch.tensor(consumed) if consumed else None, list(text.encode()), torch.tensor([3, 4], dtype=torch.uint8), text, speaker, mood, "c")
 
 

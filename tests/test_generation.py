@@ -119,10 +119,10 @@ def test_rows_of_a_heard_turn(model):
 @pytest.mark.parametrize("heard", [False, True])
 def test_rows_are_those_of_training(model, heard):
     import dataset_pipeline
-    codes, text, consumed = torch.randint(0, 64, (32, 3), dtype=torch.int16), "oh no.", [2, 2, 6]
+    codes, text, consumed = torch.randint(0, 64, (8, 3), dtype=torch.int16), "oh no.", [2, 2, 6]
     trained = dataset_pipeline.Turn(codes, torch.tensor(consumed), TOKENIZER.encode(text), torch.zeros(0), text, 1, "sad", None)
     expected = dataset_pipeline.turn_rows(trained, model.cfg, TOKENIZER, 1, "sad", heard)
-    ours = turn_rows(Turn(1, text, "sad", codes[:8].long(), heard=heard, readings=None if heard else [3, 3, 5, 5, 9]), model.cfg, TOKENIZER, 0)
+    ours = turn_rows(Turn(1, text, "sad", codes.long(), heard=heard, readings=None if heard else [3, 3, 5, 5, 9]), model.cfg, TOKENIZER, 0)
     for name in ("frames", "mask", "text_index", "reading"):
         assert torch.equal(getattr(ours, name)[0], expected[name]), name
 
@@ -324,3 +324,29 @@ def test_retriever_finds_the_fitting_reply():
     score, reply = retriever.nearest("the cat looks ill today")[0]
     assert reply["text"] == "Call the vet." and 0 < score <= 1
     assert retriever.nearest("xyzzy") == []
+
+
+# ----------------------------------------------------------------------------- the codebooks a model reads
+
+def test_a_model_may_read_few_of_either_side(codec):
+    """3 semantic and 2 acoustic ones of 4 + 4: what it hears and what it says go through the same columns."""
+    model = make_model(num_codebooks=5, num_semantic=3)
+    sound = 0.1 * torch.randn(1, 1, 7680, generator=torch.Generator().manual_seed(1))
+    codes = codec.encode(sound)[0]
+    assert torch.equal(generation.codes_of_sound(model.cfg, codec, sound), codes[[0, 1, 2, 4, 5]])
+    s = session(model, codec)
+    s.add_turn(1, "hello.", audio=sound.numpy())
+    assert torch.equal(s.turns[0].codes, codes[[0, 1, 2, 4, 5]])
+    said = s.say(0, "hello there, friend.")
+    assert said.codes.shape[0] == 5
+    np.testing.assert_allclose(said.audio, codec.decode(said.codes[None], 3)[0, 0].numpy(), atol=1e-4)
+
+
+def test_drawn_codes_are_the_frames_that_would_be_said(model, codec):
+    hidden = torch.randn(6, model.cfg.backbone.width, generator=torch.Generator().manual_seed(2))
+    drawn = generation.draw_codes(model, hidden, TINY_CODEC.codebook_size, GREEDY)
+    one = torch.stack([generation.decode_frame(model, h, TINY_CODEC.codebook_size, GREEDY, None, False) for h in hidden])
+    assert torch.equal(drawn, one) and (drawn > 0).all()
+    first = torch.arange(1, 7)
+    given = generation.draw_codes(model, hidden, TINY_CODEC.codebook_size, GREEDY, first=first)
+    assert torch.equal(given[:, 0], first) and not torch.equal(given[:, 1:], drawn[:, 1:])
