@@ -435,7 +435,8 @@ def write_card(args) -> dict:
                 f"Teacher of the semantic codebooks: {cfg['teacher']}.")
     else:
         what = (f"The conversational speech model of size `{cfg['name']}`: backbone {cfg['backbone']['layers']} x {cfg['backbone']['width']}, depth decoder {cfg['depth']['layers']} x "
-                f"{cfg['depth']['width']}, the first {cfg['num_codebooks']} codebooks of the codec `{about.get('codec_fingerprint')}`.")
+                f"{cfg['depth']['width']}, {cfg['num_codebooks']} codebooks of the codec `{about.get('codec_fingerprint')}`: the first {cfg['num_semantic']} semantic ones and "
+                f"the first {cfg['num_codebooks'] - cfg['num_semantic']} acoustic ones.")
     sha = about.get("sha256") or weights_name(folder)["sha256"]
     card = [f"# {'Codec' if args.kind == 'codec' else 'Model ' + args.kind}", "", what, "", f"{count / 1e6:.2f} M numbers, {size:.1f} MB, stored as "
             f"{about.get('storage', 'float16')}, SHA-256 `{sha[:16]}`" + (f", fingerprint `{about['fingerprint']}`" if about.get("fingerprint") else "") + ".", "",

@@ -23,6 +23,7 @@ from pathlib import Path
 from measuring import SECONDS, WORDS, hear, paired, pick_turns, show, sound_of, summary, table
 
 LEVELS = (1, 2, 4, 8, 16, 32)
+PAIRS = ((3, 9),)               # semantic and acoustic codebooks, as the model nano reads them
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 PROMPT_SECONDS, PROMPT_WORDS = 2.0, 2      # shorter recordings are single words, of which a judge hears little
 OPUS_RATE = 6000                # bit/s, the lowest that Opus offers
@@ -256,7 +257,9 @@ class Bench:
         self.codec, self.peers, self.device = codec, peers, next(codec.parameters()).device
         self.generator = torch.Generator().manual_seed(seed)
         self.levels = [k for k in LEVELS if k < codec.cfg.num_codebooks] + [codec.cfg.num_codebooks]
-        self.rows: dict[str, list] = {name: [] for name in ("input", *map(str, self.levels), "mixed", *peers)}
+        acoustic = codec.cfg.num_codebooks - codec.cfg.num_semantic
+        self.pairs = {f"{s}+{a}": (s, a) for s, a in PAIRS if s < codec.cfg.num_semantic and a <= acoustic}
+        self.rows: dict[str, list] = {name: [] for name in ("input", *map(str, self.levels), *self.pairs, "mixed", *peers)}
         self.clock = {"encode": 0.0, "decode": 0.0, "audio": 0.0}
         self.bytes, self.seconds, self.codes, self.pitch = dict.fromkeys(peers, 0), dict.fromkeys(peers, 0.0), [], []
 
@@ -277,6 +280,9 @@ class Bench:
         self.codes.append(codes[0].cpu())
         for k in self.levels:
             yield str(k), full if k == self.levels[-1] else self.decode(codes[:, :k], len(samples))
+        for name, (s, a) in self.pairs.items():
+            split = self.codec.cfg.num_semantic
+            yield name, self.decode(codes[:, [*range(s), *range(split, split + a)]], len(samples), s)
         yield "mixed", self.decode(mis_sampled(codes.cpu(), 2, self.generator).to(self.device), len(samples))
         for name, peer in self.peers.items():
             if callable(peer):
@@ -286,8 +292,8 @@ class Bench:
                 self.bytes[name] += size
                 yield name, fitted(sound, len(samples))
 
-    def decode(self, codes, length: int):
-        return self.codec.decode(codes)[0, 0, :length].float().cpu().numpy()
+    def decode(self, codes, length: int, semantic: int | None = None):
+        return self.codec.decode(codes, semantic)[0, 0, :length].float().cpu().numpy()
 
     def result(self) -> dict:
         """Per condition: words, voice, naturalness, distance of the words from the input's, bits per second."""
@@ -302,7 +308,8 @@ class Bench:
             if name in self.peers:
                 out[name] |= {"bits_per_second": 8 * self.bytes[name] / self.clock["audio"], "times_real_time": self.clock["audio"] / self.seconds[name]}
             elif name != "input":
-                out[name]["bits_per_second"] = (cfg.num_codebooks if name == "mixed" else int(name)) * math.log2(cfg.codebook_size) * cfg.frame_rate
+                count = cfg.num_codebooks if name == "mixed" else sum(map(int, name.split("+")))
+                out[name]["bits_per_second"] = count * math.log2(cfg.codebook_size) * cfg.frame_rate
         return out
 
 
@@ -378,7 +385,7 @@ def bars(result: dict) -> list[dict]:
 def conditions_table(conditions: dict) -> str:
     rows = []
     for key, s in conditions.items():
-        label = NAMES.get(key, f"first {key}")
+        label = NAMES.get(key, f"first {key}" if key.isdigit() else f"first {key.replace('+', ' semantic, first ')} acoustic")
         if "missing" in s:
             rows.append([label, s["missing"], *["-"] * 7])
             continue

@@ -2,13 +2,14 @@
 
     python train_codec.py --data data/synthetic --minutes 40
     python train_codec.py --resume checkpoints/codec/last.pt
-    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 1 --predicted_pitch 0.3 --lr 3e-4 --output checkpoints/decoder
+    python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --lr 3e-4 --output checkpoints/decoder
     python train_codec.py --export pretrained/codec --resume checkpoints/codec/last.pt
 
 The data folder is one that collect_data.py wrote (audio per turn, phone times). Pitch is measured with WORLD.
 The excitation is driven by the measured pitch during training, so the envelopes learn from aligned harmonics;
 the pitch output itself is trained on the measured pitch directly.
---adversarial adds discriminators (discriminators.py); with --decoder_only codes, tokens and models stay valid.
+Discriminators (discriminators.py) make the sound natural; with --decoder_only codes, tokens and models stay valid. --drawn shows
+the decoder what a model draws (draw_codes.py).
 """
 from __future__ import annotations
 
@@ -242,9 +243,14 @@ class Run:
         return min(1.0, (self.step + 1) / cfg.warmup_steps) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress))))
 
     @property
+    def adversarial_start(self) -> int:
+        """Step from which the discriminators learn; a decoder that is only finetuned has envelopes to judge at once."""
+        return 0 if self.cfg.decoder_only else self.cfg.adversarial_start
+
+    @property
     def adversarial_weight(self) -> float:
         """Grows from 0: discriminators that know nothing yet have nothing to say."""
-        return self.cfg.adversarial * min(1.0, max(0, self.step - self.cfg.adversarial_start) / ADVERSARIAL_RAMP)
+        return self.cfg.adversarial * min(1.0, max(0, self.step - self.adversarial_start) / ADVERSARIAL_RAMP)
 
     def batch(self) -> tuple:
         return tuple(t.to(self.device) for t in self.data.batch(self.rng, self.cfg.batch, int(self.cfg.seconds * self.codec.cfg.sample_rate)))
@@ -309,7 +315,7 @@ def save_state(path: Path, run: Run) -> None:
 
 
 def load_state(path, run: Run, weights_only: bool) -> None:
-    """A training checkpoint into `run`: all of it, or codec, reader and codebooks only."""
+    """A training checkpoint into `run`: all of it, or codec, reader, codebooks and discriminators only."""
     import torch
 
     import runtime
@@ -328,11 +334,11 @@ def load_state(path, run: Run, weights_only: bool) -> None:
         module, buffer = name.split(".")
         getattr(getattr(run.codec, module), buffer).copy_(value)
     run.ready, run.thaw = list(state["ready"]), state["thaw"]
+    if run.adversary is not None and state.get("adversary"):
+        run.adversary.load_state_dict(state["adversary"])
     if weights_only:
         return
     run.optimizer.load_state_dict(state["optimizer"])
-    if run.adversary is not None and state.get("adversary"):
-        run.adversary.load_state_dict(state["adversary"])
     run.step, run.minutes = state["step"], state["minutes"]
     run.rng.bit_generator.state = json.loads(state["rng"])
     run.generator.set_state(state["generator"])
@@ -419,7 +425,7 @@ def train_step(run: Run):
     rate = run.schedule
     for group in run.optimizer.param_groups:
         group["lr"] = cfg.lr * rate
-    adversary = run.adversary if run.step >= cfg.adversarial_start else None
+    adversary = run.adversary if run.step >= run.adversarial_start else None
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.ready, adversary, run.data.drawn_semantic)
     weights = cfg.loss_weights | {name: cfg.loss_weights[name] * run.adversarial_weight for name in ("adversarial", "features")}

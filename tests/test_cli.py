@@ -57,7 +57,7 @@ COMMANDS = {
     "python train.py --resume checkpoints/last.pt --max_steps 2000": ("--max_steps 3 --output checkpoints/longer", ""),
     "python train.py --model_size tiny --from_scratch": (f"--max_steps 1 {TINY_TRAIN} checkpoints/scratch", ""),
     "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
-    "python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --adversarial 1 --lr 3e-4 --output checkpoints/decoder":
+    "python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --lr 3e-4 --output checkpoints/decoder":
         ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
     "python train_codec.py --export checkpoints/codec/pretrained --resume checkpoints/codec/last.pt": ("", ""),
     "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano": ("--output checkpoints/small", ""),

@@ -151,7 +151,7 @@ def data(tmp_path_factory):
 
 def settings(data, output, **changes):
     return CodecTrainConfig(**{"data": str(data), "output": str(output), "max_steps": 12, "batch": 2, "seconds": 0.48, "warmup_steps": 1, "wandb": "disabled",
-                               "discriminator_width": 4} | changes)
+                               "discriminator_width": 4, "adversarial": 0.0, "adversarial_start": 0, "predicted_pitch": 0.0} | changes)
 
 
 def saved(output):
@@ -251,6 +251,8 @@ def test_the_discriminators_weight_grows_from_nothing(data, tmp_path):
     for run.step in (0, 100, 350, 600, 5000):
         weights.append(run.adversarial_weight)
     assert weights == [0, 0, 0.25, 0.5, 0.5]
+    run.cfg.decoder_only, run.step = True, 250
+    assert run.adversarial_weight == 0.25, "a decoder alone is judged from the first step"
 
 
 def test_the_log_holds_losses_codebooks_samples_and_pictures(data, tmp_path):
