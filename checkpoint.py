@@ -122,6 +122,7 @@ def _half(value: Tensor) -> Tensor:
     return value.to(torch.float16)
 
 
+CODEC_INT8 = ("frame_decoder.", "slot_decoder.", "hop_decoder.")          # its large stacks; what is left of the decoder speaks in logarithms
 CODEC_DECODER = ("semantic_out.", "acoustic_out.", "frame_decoder.", "split.", "slot_decoder.", "refine.", "hop_decoder.", "head.")
 
 
@@ -222,14 +223,18 @@ def codec_fingerprint(codec: nn.Module) -> str:
 
 
 def save_codec(codec: nn.Module, folder, **about) -> str:
-    """Write the codec as float16 safetensors + config.json; sets and returns codec.fingerprint.
+    """Write the codec as safetensors + config.json; sets and returns codec.fingerprint.
 
+    Encoder and codebooks, which decide the codes, are float16; the matrices of the decoder's stacks are int8 rows.
     about: plain data for config.json, such as the steps trained.
     """
-    config = to_dict(codec.cfg)
-    tensors = {name: _half(value) for name, value in codec.state_dict().items()}
+    config, state = to_dict(codec.cfg), codec.state_dict()
+    stacks = {name: value for name, value in state.items() if name.startswith(CODEC_INT8)}
+    tensors = {name: _half(value) for name, value in state.items() if name not in stacks}
+    tensors |= {name: value if value.dtype == torch.int8 else _half(value) for name, value in _pack(stacks, int8=True).items()}
     codec.fingerprint = codec_fingerprint(codec)
-    _write_folder(folder, tensors, {"kind": "codec", "config": config, "fingerprint": codec.fingerprint} | about)
+    storage = "float16, the decoder's stacks int8 rows with float16 scales"
+    _write_folder(folder, tensors, {"kind": "codec", "config": config, "fingerprint": codec.fingerprint, "storage": storage} | about)
     return codec.fingerprint
 
 
@@ -244,7 +249,7 @@ def load_codec(path="pretrained/codec", device="cpu") -> nn.Module:
         raise ValueError(f"there is no codec at {path}: use --codec pretrained/codec, or train one with train_codec.py")
     tensors, about = _read_folder(path, "codec") if path.is_dir() else _codec_of_training_file(path)
     codec = Codec(from_dict(CodecConfig, about["config"]))
-    _load_state(codec, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+    _load_state(codec, _unpack(tensors), path)
     codec.fingerprint = _fingerprint(about["config"], tensors)
     if about.get("fingerprint") not in (None, codec.fingerprint):
         raise ValueError(f"{path} is corrupt: its tensors have fingerprint {codec.fingerprint}, its config says {about['fingerprint']}; copy it again")

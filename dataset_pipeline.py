@@ -459,7 +459,7 @@ class ConversationDataset:
     def _choose_codebooks(self, index: dict) -> None:
         """Keep the codebooks that the model reads (config.codec_columns)."""
         stored = index["num_codebooks"]
-        columns = codec_columns(self.cfg.num_codebooks, self.cfg.num_semantic, index.get("num_semantic", stored))
+        columns = codec_columns(self.cfg.num_codebooks, self.cfg.num_semantic, index.get("num_semantic", self.cfg.num_semantic))
         if columns[-1] >= stored:
             raise ValueError(f"the model wants {self.cfg.num_codebooks} codebooks, {self.cfg.num_semantic} of them semantic, the tokens have {stored}: use another --model_size or codec")
         for turns in self.conversations:

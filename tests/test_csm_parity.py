@@ -200,7 +200,8 @@ def make_zero(theirs, frame):
 def spoken(model, ids, frames):
     """generation.stream_turn, the path of every command, on the given text ids."""
     letters = SimpleNamespace(speak_prefix=lambda speaker, mood: [], encode=lambda text: ids[:-1], eot=ids[-1])
-    codec = SimpleNamespace(cfg=SimpleNamespace(codebook_size=model.cfg.audio_vocab), decode_stream=lambda codes, state: (torch.ones(1, 1, 8), None))
+    cfg = SimpleNamespace(codebook_size=model.cfg.audio_vocab, num_semantic=model.cfg.num_semantic)
+    codec = SimpleNamespace(cfg=cfg, decode_stream=lambda codes, state, semantic: (torch.ones(1, 1, 8), None))
     turn, greedy = generation.Turn(0, "x"), SamplingConfig(temperature=0, depth_temperature=0, max_seconds=frames / model.cfg.frame_rate + 0.01)
     chunks = list(generation.stream_turn(model, codec, letters, model.new_state(), turn, 0, greedy))
     assert len(chunks) == turn.num_frames
