@@ -73,6 +73,28 @@ def test_loaded_codec_hears_and_sounds_as_it_was_saved(tmp_path, codec):
     assert torch.equal(a.encode(audio), b.encode(audio)) and torch.equal(a.decode(a.encode(audio)), b.decode(b.encode(audio)))
 
 
+def test_only_the_large_stacks_of_a_codec_lose_precision(tmp_path):
+    """int8 rows there, float16 elsewhere: the codes are those of float16, the sound is close."""
+    import copy
+
+    from config import CodecConfig
+    from rvq_tokenizer import Codec
+    from safetensors.torch import load_file
+    torch.manual_seed(0)
+    codec = Codec(CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, semantic_dim=8, acoustic_dim=12, width=32, latent=32, encoder_layers=1,
+                              decoder_width=96, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)).eval()
+    half = copy.deepcopy(codec).half().float()
+    checkpoint.save_codec(codec, tmp_path / "c")
+    loaded, stored = checkpoint.load_codec(tmp_path / "c"), load_file(tmp_path / "c" / "model.safetensors")
+    int8 = {name.split(".")[0] for name, value in stored.items() if value.dtype == torch.int8}
+    assert int8 == {"slot_decoder", "hop_decoder"} and stored["head.weight"].dtype == torch.float16
+    audio = torch.randn(1, 1, 4 * 1920) * 0.1
+    codes = loaded.encode(audio)
+    assert torch.equal(codes, half.encode(audio))
+    (a, *_), (b, *_) = (c.controls(c.dequantise(codes))[0] for c in (loaded, half))
+    assert 0 < (a - b).abs().max() < 0.05 and json.loads((tmp_path / "c" / "config.json").read_text())["storage"].startswith("float16")
+
+
 def test_training_file_prefers_the_averaged_weights(tmp_path, model):
     ema = {name: p.detach() + 1 for name, p in model.named_parameters()}
     loaded = checkpoint.load_model(write(tmp_path / "a.pt", model, ema=ema, codec_fingerprint="c"))
