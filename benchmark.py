@@ -224,7 +224,7 @@ def session_with_voices(talker, data, turns: list[dict], index: int, sampling):
         words = (turn["custom"].get("alignment") or {}).get("words")
         consumed = consumed_bytes(words, len(turn["text"].encode("utf-8")), -(-len(audio) // size), 1 / codec.cfg.frame_rate).tolist() if words else None
         session.set_voice(speaker, audio=audio, text=turn["text"], consumed=consumed)
-    session.prepare()
+    session.prepare(turns[index]["custom"]["speaker_index"])
     return session
 
 

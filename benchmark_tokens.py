@@ -92,7 +92,7 @@ def read_text(codec, train: list, test: list, group: str, steps: int, seed: int)
     torch.manual_seed(seed)
     probe = make_probe(flat.shape[1])
     optimizer = torch.optim.AdamW(probe.parameters(), lr=3e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=max(0.3, 2 / steps))
     for x, frames, letters, lengths in tqdm(probe_batches(vectors, [spelled(t.text) for t in train], steps, seed), total=steps, desc=f"text from the {group} codebooks", unit="step"):
         loss = F.ctc_loss(probe(x).transpose(0, 1), letters, frames * OUTPUTS, lengths, zero_infinity=True)
         optimizer.zero_grad()
@@ -146,7 +146,7 @@ def train_frame_model(codec, train: list, steps: int, seed: int):
     from tqdm import tqdm
     model = frame_model(codec, seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=max(0.1, 2 / steps))
     generator, sums, K = torch.Generator().manual_seed(seed), {}, model.cfg.num_codebooks
     for step in tqdm(range(steps), desc="foretelling the codes", unit="step"):
         chosen, frames = [], 0

@@ -384,6 +384,8 @@ class Lab:
         first = {turn.speaker: turn.voice for turn in reversed(conversation.turns) if turn.voice is not None}
         for name in names:
             self.set_voice(session, names.index(name), first.get(name))
+        if len(names) == 1 and session.voices and len(self.voices) > 1:      # a listener, so that a voice is not heard right before its own turn (generation.Session)
+            session.set_voice(1, **self.voices[1])
         for turn in conversation.turns:
             speaker, mood = names.index(turn.speaker), turn.mood
             if turn.voice is not None and turn.voice is not first[turn.speaker]:
@@ -392,7 +394,7 @@ class Lab:
             if text is None:
                 text, found = self.responder.reply(session, speaker, history, turn.speaker)
                 mood = mood or found
-            session.prepare()
+            session.prepare(speaker)
             spoken = self.speak(session, turn.speaker, speaker, text, mood)
             history.append((turn.speaker, text))
             yield spoken

@@ -401,6 +401,7 @@ class Session:
         self._slots: list[Slots | None] = []        # of each turn
         self._state, self._spare = None, None       # None: to be filled again from the turns; its buffers
         self._start = 0                             # first turn in the window
+        self._opener: int | None = None             # who speaks first after the voices
 
     # ---- what is known
 
@@ -427,6 +428,7 @@ class Session:
             raise ValueError("a turn needs text or audio")
         turn = self._given(speaker, text, mood, self._codes(audio, codes) if heard else None)
         turn.audio = audio
+        self._opens(speaker)
         self._room(len(turn.text) + turn.num_frames + 8)
         self._put(turn)
         return turn
@@ -448,8 +450,10 @@ class Session:
 
     # ---- the window
 
-    def prepare(self) -> None:
-        """Fill the window now (after a turn, say), so that the next turn need not."""
+    def prepare(self, speaker: int | None = None) -> None:
+        """Fill the window now (after a turn, say), so that the next turn need not. speaker: who is going to speak, where that is known."""
+        if speaker is not None:
+            self._opens(speaker)
         limit = self.model.cfg.backbone.max_positions
         self._room(min(limit // 2, 256 + int(self.sampling.max_seconds * self.model.cfg.frame_rate)))
 
@@ -474,11 +478,24 @@ class Session:
         self._refill(rows)
 
     def _window(self) -> FrameBatch | None:
-        """The rows of voices and turns; voices are numbered on from the last turn that has left the window."""
+        """The rows of voices and turns; voices are numbered on from the last turn that has left the window.
+
+        Speakers take turns in all that the model has seen, so the voice of whoever speaks first after the voices comes
+        first: the one right before a turn is somebody else's (LOG.md: the other way round it speaks in the wrong voice).
+        """
         cfg, device = self.model.cfg, _device(self.model)
-        turns = [self.voices[s] for s in sorted(self.voices)] + self.turns[self._start:]
+        kept = self.turns[self._start:]
+        opener = kept[0].speaker if kept else self._opener
+        turns = [self.voices[s] for s in sorted(self.voices, key=lambda s: (s != opener, s))] + kept
         parts = [turn_rows(t, cfg, self.tokenizer, self._start + i, device) for i, t in enumerate(turns)]
         return join(parts) if parts else None
+
+    def _opens(self, speaker: int) -> None:
+        """`speaker` is the next to speak: where nobody has spoken since the voices, their order depends on it."""
+        if self._start >= len(self.turns) and self._opener != speaker:
+            self._opener = speaker
+            if len(self.voices) > 1:
+                self._state = None
 
     def _refill(self, rows: FrameBatch | None) -> None:
         state = self._spare or self.model.new_state(1)
@@ -518,6 +535,7 @@ class Session:
         """
         start = time.perf_counter()
         turn = Turn(speaker, normalise(text), mood)
+        self._opens(speaker)
         tokens = len(self.tokenizer.speak_prefix(speaker, mood)) + len(self.tokenizer.encode(turn.text)) + 1
         seconds = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens)
         self._room(tokens + math.ceil(seconds * self.model.cfg.frame_rate) + 1)

@@ -350,3 +350,27 @@ def test_drawn_codes_are_the_frames_that_would_be_said(model, codec):
     first = torch.arange(1, 7)
     given = generation.draw_codes(model, hidden, TINY_CODEC.codebook_size, GREEDY, first=first)
     assert torch.equal(given[:, 0], first) and not torch.equal(given[:, 1:], drawn[:, 1:])
+
+
+def test_the_voice_right_before_a_turn_is_somebody_elses(model, codec):
+    """Whoever opens after the voices has heard the other voice last; prepared for that speaker nothing is filled again."""
+    def order(s):
+        return s._window().frames[0, :, -1][s._window().text_index[0] == 1].tolist()
+    sounds = [0.1 * torch.randn(3840, generator=torch.Generator().manual_seed(n)).numpy() for n in (1, 2)]
+    orders = {}
+    for speaker in (0, 1):
+        s = session(model, codec)
+        for who in (0, 1):
+            s.set_voice(who, audio=sounds[who], text="hello.")
+        s.prepare(speaker)
+        state, orders[speaker] = s._state, order(s)
+        said = s.say(speaker, "oh no.")
+        assert s._state is state and s.turns == [said]
+        assert order(s)[:2] == orders[speaker], "later turns keep it"
+    assert orders[0] == orders[1][::-1] and len(set(orders[0])) == 2
+    late = session(model, codec)
+    for who in (0, 1):
+        late.set_voice(who, audio=sounds[who], text="hello.")
+    late.prepare(0)
+    late.say(1, "oh no.")
+    assert order(late)[:2] == orders[1], "another speaker than the one prepared for"
