@@ -436,12 +436,13 @@ class ConversationDataset:
 
     def __init__(self, data, cfg: ModelConfig, split: str = "train", batch_positions: int = 4096, seed: int = 0, ranks: Ranks = Ranks(),
                  codec_fingerprint: str | None = None, p_listen: float = 0.15, p_mood: float = 0.5, p_history: float = 0.25,
-                 shuffle_speakers: bool = True):
+                 p_skip: float = 0.25, shuffle_speakers: bool = True):
         """data: folder with tokens/, or several with commas between. p_listen, p_mood, p_history: share of turns in listening order, of turns with their mood tag
-        and of windows with a history (only where the model has a memory)."""
+        and of windows with a history (only where the model has a memory). p_skip: share of context turns left out, so that the one before a turn may be
+        of the same speaker: only the tag tells who speaks (where speakers always alternate a model goes by that, LOG.md)."""
         self.cfg, self.seed, self.ranks, self.batch_positions = cfg, seed, ranks, batch_positions
         self.p_listen, self.p_mood, self.shuffle_speakers = p_listen if cfg.text_head else 0.0, p_mood, shuffle_speakers
-        self.p_history = p_history if cfg.memory.enabled else 0.0
+        self.p_history, self.p_skip = p_history if cfg.memory.enabled else 0.0, p_skip
         self.tokenizer = load_tokenizer(cfg.tokenizer)
         self.conversations = read_turns(data, split, self.tokenizer, codec_fingerprint)
         self._choose_codebooks(read_index(data))
@@ -487,6 +488,9 @@ class ConversationDataset:
         if g is None:
             window.listening, window.moods = [False] * n, [True] * n
             return window
+        skipped = (torch.rand(n - 1, generator=g) < self.p_skip).tolist()
+        window.turns = [turn for turn, skip in zip(window.turns, [*skipped, False]) if not skip]
+        n = len(window.turns)
         chance = torch.rand(2 * n + 1, generator=g).tolist()
         window.listening = [c < self.p_listen for c in chance[:n]]
         window.moods = [c < self.p_mood for c in chance[n:2 * n]]

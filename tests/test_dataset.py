@@ -290,3 +290,19 @@ def test_prefetch_keeps_the_order_and_hands_errors_on():
     with pytest.raises(StopIteration):
         ahead.get()
     ahead.close()
+
+
+def test_context_turns_are_left_out_now_and_then(tmp_path):
+    """The turn before a turn may be the same speaker's; the target stays, and validation leaves nothing out."""
+    dp.tokenise(write_corpus(tmp_path), ToyCodec(), progress=False)
+    data = dp.ConversationDataset(tmp_path, CFG, "train", p_skip=0.5)
+    target = next(t for t in data.targets if t[1] == 4)
+    windows = [data._window(target, dp.Stage(4), torch.Generator().manual_seed(seed)) for seed in range(60)]
+    own = data.conversations[target[0]]
+    assert all(w.turns[-1] is own[4] and len(w.listening) == len(w.moods) == len(w.turns) for w in windows)
+    assert all([t.id for t in w.turns] == sorted(t.id for t in w.turns) for w in windows)
+    assert any(a.speaker == b.speaker for w in windows for a, b in zip(w.turns, w.turns[1:]))
+    assert len(data._window(target, dp.Stage(4), None).turns) == 5
+    data.p_skip = 0.0
+    always = [data._window(target, dp.Stage(4), torch.Generator().manual_seed(seed)) for seed in range(60)]
+    assert not any(a.speaker == b.speaker for w in always for a, b in zip(w.turns, w.turns[1:]))
