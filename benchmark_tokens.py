@@ -204,6 +204,9 @@ def judge_filled(codec, model, args) -> dict:
 def bench_tokens(args) -> tuple[dict, str]:
     """Text read back from the semantic and from the acoustic codebooks; how well a small model foretells the codes."""
     import checkpoint
+    for flag, least in (("steps", 3), ("model_steps", 10), ("train_turns", 1), ("probe_turns", 1)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: use at least {least}")
     codec = checkpoint.load_codec(args.codec)
     train, test = split_turns(args.data, codec, "train", args.train_turns, args.seed), split_turns(args.data, codec, args.split, args.probe_turns, args.seed)
     result = {"fingerprint": codec.fingerprint, "train_turns": len(train), "test_turns": len(test), "steps": args.steps,

@@ -238,6 +238,11 @@ def save_codec(codec: nn.Module, folder, **about) -> str:
     return codec.fingerprint
 
 
+def codec_tensors(folder) -> dict[str, Tensor]:
+    """The float32 tensors of a folder of save_codec, whatever the codec's size. ValueError for anything else."""
+    return _unpack(_read_folder(Path(folder), "codec")[0])
+
+
 def load_codec(path="pretrained/codec", device="cpu") -> nn.Module:
     """rvq_tokenizer.Codec in eval mode, from a folder of save_codec; "mimi" or "mimi:FOLDER" is Kyutai's. ValueError for anything else."""
     if str(path).split(":")[0] == "mimi":

@@ -66,6 +66,8 @@ def drawn_batch(model, windows: list, tokenizer, codebook_size: int, sampling: S
 
 def draw(args) -> Path:
     """Draw for `hours` of the training split and write the file. ValueError for tokens of another codec."""
+    if not args.hours > 0:
+        raise ValueError(f"--hours {args.hours}: use more than 0")
     device = pick_device(args.device)
     codec = load_codec(args.codec, device)
     model = load_model(args.checkpoint or default_checkpoint(), device=device, codec_fingerprint=codec.fingerprint)

@@ -279,15 +279,12 @@ def start_codebooks(run: Run) -> None:
 
 def load_folder(folder: str, run: Run) -> None:
     """Weights of a pretrained folder into `run`, as far as they fit: a side or a layer of another size starts anew, and is named."""
-    from safetensors.torch import load_file
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"no weights {path}: check --init_from")
-    stored, own = load_file(path), run.codec.state_dict()
-    fits = {name: value.float() for name, value in stored.items() if name in own and own[name].shape == value.shape}
+    from checkpoint import codec_tensors
+    stored, own = codec_tensors(folder), run.codec.state_dict()
+    fits = {name: value for name, value in stored.items() if name in own and own[name].shape == value.shape}
     anew = sorted({name.split(".")[0] for name in own if name not in fits})
     if not fits:
-        raise ValueError(f"nothing in {path} has the size of this codec: check --init_from")
+        raise ValueError(f"nothing in {folder} has the size of this codec: check --init_from")
     run.codec.load_state_dict(own | fits)
     print(f"starting from {folder}; " + (f"of another size, so new: {', '.join(anew)}" if anew else "all of it fits"))
     for side, name in enumerate(("semantic", "acoustic")):

@@ -310,6 +310,18 @@ def test_a_folder_of_weights_is_the_start_and_what_does_not_fit_is_new(data, tmp
     assert not torch.equal(run.codec.feature_in.weight, before["feature_in.weight"]) and not torch.equal(run.codec.semantic.codebooks, books)
 
 
+def test_a_folder_with_int8_stacks_is_read_with_its_scales(data, tmp_path):
+    """save_codec stores large decoder stacks as int8 rows: a run that begins with them must hold the numbers they stand for."""
+    from checkpoint import load_codec, save_codec
+    wide = dataclasses.replace(TINY, decoder_width=96)
+    save_codec(Codec(wide), tmp_path / "old")
+    run = train_codec.Run(settings(data, tmp_path / "a", init_from=str(tmp_path / "old")), wide)
+    assert same(run.codec.state_dict(), load_codec(tmp_path / "old").state_dict()) and run.ready == [True, True]
+    (tmp_path / "old" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="corrupt"):
+        train_codec.Run(settings(data, tmp_path / "a", init_from=str(tmp_path / "old")), wide)
+
+
 def test_crops_hear_few_of_either_side():
     cfg = CodecTrainConfig(dropout_probability=0.5)
     counts = train_codec.draw_truncation(4000, 10, 22, cfg, torch.Generator().manual_seed(0))
