@@ -1,10 +1,11 @@
 """What the codec trains on: crops of collected speech with phone and pitch labels every 10 ms, and codes that a model drew for them.
 
-    data = CodecData("data/synthetic", "train", CodecConfig().phones)
+    data = CodecData("data/synthetic", "train", CodecConfig().phones).to("cuda")
     audio, phones, f0, drawn = data.batch(numpy.random.default_rng(0), 8, 46080)
 
 Pitch is measured with WORLD; phone times come from the collection. Labels are made once and kept beside the data.
-Shapes: N samples, P label points, K codebooks, T frames.
+All sound of a split lies in one tensor on the device that trains, where crops are cut and roughened: no loader to wait for.
+Shapes: B crops, N samples, P label points, K codebooks, T frames.
 """
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ import hashlib
 import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import runtime
 
 GRID = 240                      # samples between label points: 10 ms
 FRAME = 1920                    # samples of a code frame, for crops with drawn codes
@@ -31,7 +40,6 @@ def read_supervisions(data: str, split: str) -> list[dict]:
 
 def label_turn(job: tuple) -> tuple:
     """One turn -> (int16 samples (N,), phones (N // GRID + 1,) uint8, f0 Hz (same) float32)."""
-    import numpy as np
     import soundfile
     path, alignment, alphabet = job
     audio, _ = soundfile.read(path, dtype="float32")
@@ -49,7 +57,6 @@ def continuous_pitch(f0, gap: int = 12):
 
     WORLD's quick tracker leaves out a fifth of the voiced frames, so its voiced flag is not believed (LOG.md).
     """
-    import numpy as np
     voiced = np.flatnonzero(f0 > 0)
     if len(voiced) == 0:
         return np.full(len(f0), -120.0, np.float32)
@@ -62,8 +69,6 @@ def continuous_pitch(f0, gap: int = 12):
 
 def label_recording(path: str) -> tuple:
     """A recording without transcript -> as label_turn, phones unknown; None for one that is too short or cannot be read."""
-    import numpy as np
-
     import audio_io
     try:
         audio = audio_io.read_audio(path)
@@ -77,7 +82,6 @@ def label_recording(path: str) -> tuple:
 
 def measure_pitch(audio):
     """float32 (N,) -> f0 in Hz every 10 ms, (N // GRID + 1,); 0 where unvoiced. WORLD's dio and stonemask (Morise et al. 2016)."""
-    import numpy as np
     import pyworld
     x, points = audio.astype(np.float64), len(audio) // GRID + 1
     f0, t = pyworld.dio(x, 24000, f0_floor=55, f0_ceil=580, frame_period=10.0)
@@ -85,70 +89,112 @@ def measure_pitch(audio):
     return np.pad(f0, (0, points - len(f0)))
 
 
+@dataclass
+class Sound:
+    """Turns one after the other: samples (sum of N,) int16, label points (sum of P,) uint8 and Hz, samples of each turn."""
+    audio: Tensor
+    phones: Tensor
+    f0: Tensor
+    lengths: np.ndarray
+
+    def __post_init__(self):
+        self.points = self.lengths // GRID + 1
+        self.begins = np.concatenate([[0], self.lengths.cumsum()[:-1]])
+        self.firsts = np.concatenate([[0], self.points.cumsum()[:-1]])
+
+    def __add__(self, other: "Sound") -> "Sound":
+        return Sound(*(torch.cat([a, b]) for a, b in ((self.audio, other.audio), (self.phones, other.phones), (self.f0, other.f0))),
+                     np.concatenate([self.lengths, other.lengths]))
+
+    def to(self, device) -> "Sound":
+        return Sound(self.audio.to(device), self.phones.to(device), self.f0.to(device), self.lengths)
+
+    def turn(self, number: int) -> np.ndarray:
+        """int16 samples (N,) of one turn."""
+        begin = self.begins[number]
+        return self.audio[begin:begin + self.lengths[number]].cpu().numpy()
+
+
 class CodecData:
     """All turns of a split in memory: int16 audio, phone and pitch labels every 10 ms. Crops are drawn at random.
 
+    recordings: a folder of people's recordings besides; a share `recorded` of the crops comes from them (0: as many as there are among all turns).
     drawn: a file of draw_codes.py; half of the crops of its turns come with these codes, beginning at a frame.
     """
 
-    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 2, recordings: str = "", augment: float = 0.0, drawn: str = ""):
+    def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 0, recordings: str = "", augment: float = 0.0, drawn: str = "",
+                 recorded: float = 0.0):
         turns = read_supervisions(data, split)
         if limit_hours:
             before = [0.0, *itertools.accumulate(t["duration"] for t in turns)]
             turns = [t for t, seconds in zip(turns, before) if seconds <= limit_hours * 3600]
         jobs = [(str(Path(data) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in turns]
-        cache = Path(data) / "codec_labels" / f"{split}-{hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16]}.npz"
-        labelled = cached_labels(cache, label_turn, jobs, workers, f"labels {split}")
+        workers = workers or runtime.cpu_count()
+        self.sound = cached_labels(Path(data) / "codec_labels", label_turn, jobs, workers, split)
+        self.spoken, self.recorded = len(turns), 0.0
         if recordings:
-            labelled += self._recordings(recordings, workers)
+            self.sound += cached_labels(Path(recordings) / ".codec_labels", label_recording, recording_files(recordings), workers, "recordings")
+            self.recorded = recorded or 1 - self.spoken / len(self.sound.lengths)
         self.drawn, self.drawn_semantic, self.drawn_fingerprint = read_drawn(drawn) if drawn else ({}, 0, "")
-        names = [t["id"] for t in turns] + [""] * (len(labelled) - len(turns))
-        self.turns = [(audio, phones, continuous_pitch(f0), self.drawn.get(name)) for (audio, phones, f0), name in zip(labelled, names)]
-        if drawn and not any(t[3] is not None for t in self.turns):
+        self.codes = {i: self.drawn[t["id"]] for i, t in enumerate(turns) if t["id"] in self.drawn}
+        if drawn and not self.codes:
             raise ValueError(f"{drawn} has none of the turns in {data}: check --drawn and --data")
-        self.hours = sum(len(t[0]) for t in self.turns) / 24000 / 3600
+        self.hours = self.sound.lengths.sum() / 24000 / 3600
         self.augment = augment
 
-    def _recordings(self, folder: str, workers: int) -> list[tuple]:
-        files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in RECORDINGS and p.parent.name != "silence")
-        if not files:
-            raise ValueError(f"no audio files in {folder}: check --recordings")
-        cache = Path(folder) / f".codec_labels-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.npz"
-        return cached_labels(cache, label_recording, files, workers, "recordings")
+    def to(self, device) -> "CodecData":
+        self.sound = self.sound.to(device)
+        return self
 
-    def crop(self, rng, length: int) -> tuple:
-        """-> audio (length,) float, phones and f0 at the label points of the crop, the codes drawn for it (K, T) or None."""
-        import numpy as np
-        audio, phones, f0, codes = self.turns[rng.integers(len(self.turns))]
-        points = length // GRID + 4
-        if codes is not None and (codes.shape[1] < length // FRAME or rng.random() < 0.5):
-            codes = None
-        if codes is None:
-            start = int(rng.integers(-8, max(1, len(phones) - length // GRID + 8)))
-        else:
-            frame = int(rng.integers(codes.shape[1] - length // FRAME + 1))
-            start, codes = frame * (FRAME // GRID), codes[:, frame:frame + length // FRAME]
-        take = np.arange(start, start + points)
-        inside = (take >= 0) & (take < len(phones))
-        take = take.clip(0, len(phones) - 1)
-        sample = np.zeros(length, np.float32)
-        left, right = max(0, start * GRID), min(len(audio), start * GRID + length)
-        if right > left:
-            sample[left - start * GRID:right - start * GRID] = audio[left:right].astype(np.float32) / 32767
-        return sample, np.where(inside, phones[take], 0), np.where(inside, f0[take], -120.0).astype(np.float32), codes
+    def turns(self):
+        """int16 samples of every turn, in order."""
+        return map(self.sound.turn, range(len(self.sound.lengths)))
+
+    def _pick(self, rng, size: int) -> np.ndarray:
+        """Turn numbers (B,)."""
+        spoken = rng.integers(self.spoken, size=size)
+        if not self.recorded:
+            return spoken
+        return np.where(rng.random(size) < self.recorded, rng.integers(self.spoken, len(self.sound.lengths), size=size), spoken)
+
+    def _places(self, rng, picks: np.ndarray, length: int) -> tuple[np.ndarray, dict]:
+        """First label point of every crop (B,); by row the drawn codes (K, T) of those that begin at a frame."""
+        starts, given = rng.integers(-8, np.maximum(1, self.sound.points[picks] - length // GRID + 8)), {}
+        for row, codes in enumerate(map(self.codes.get, picks) if self.codes else ()):
+            if codes is not None and codes.shape[1] >= length // FRAME and rng.random() < 0.5:
+                frame = int(rng.integers(codes.shape[1] - length // FRAME + 1))
+                starts[row], given[row] = frame * (FRAME // GRID), codes[:, frame:frame + length // FRAME]
+        return starts, given
 
     def batch(self, rng, size: int, length: int):
         """-> audio (B, N), phones (B, P) long, f0 (B, P), drawn codes (B, K, T), -1 where there are none; P = N / 240 + 4 label points."""
-        import numpy as np
-        import torch
-        items = [self.crop(rng, length) for _ in range(size)]
-        gain = 10 ** (rng.uniform(-12, 3, (size, 1)) / 20)
-        gain[[i[3] is not None for i in items]] = 1.0                                      # codes say how loud it is
-        audio = np.stack([roughen(i[0], rng, self.augment if i[3] is None else 0.0) for i in items]) * gain.astype(np.float32)
+        sound, picks = self.sound, self._pick(rng, size)
+        starts, given = self._places(rng, picks, length)
+        gain = 10 ** (rng.uniform(-12, 3, size) / 20)
+        gain[list(given)] = 1.0                                                            # codes say how loud it is
+        device = sound.audio.device
+        where = torch.from_numpy(np.stack([starts, sound.points[picks], sound.firsts[picks], sound.lengths[picks], sound.begins[picks]])).to(device)
+        start, points, first, samples, begin = where[..., None]                            # (B, 1) each
+        take = start + torch.arange(length // GRID + 4, device=device)
+        inside, at = (take >= 0) & (take < points), first + take.clamp(min=0).minimum(points - 1)
+        phones, f0 = torch.where(inside, sound.phones[at], 0).long(), torch.where(inside, sound.f0[at], -120.0)
+        take = start * GRID + torch.arange(length, device=device)
+        audio = torch.where((take >= 0) & (take < samples), sound.audio[begin + take.clamp(min=0).minimum(samples - 1)], 0).float() / 32767
+        rough = np.full(size, self.augment)
+        rough[list(given)] = 0.0
+        audio = roughen(audio, rng, rough) * torch.from_numpy(gain).float().to(device)[:, None]
         codebooks = max((len(codes) for codes in self.drawn.values()), default=0)
-        codes = np.stack([np.full((codebooks, length // FRAME), -1) if i[3] is None else i[3] for i in items]).astype(np.int64)
-        return (torch.from_numpy(audio).float().clamp(-1, 1), torch.from_numpy(np.stack([i[1] for i in items])).long(),
-                torch.from_numpy(np.stack([i[2] for i in items])), torch.from_numpy(codes))
+        codes = torch.full((size, codebooks, length // FRAME), -1)
+        for row, drawn in given.items():
+            codes[row] = torch.from_numpy(drawn.astype(np.int64))
+        return audio.clamp(-1, 1), phones, f0, codes.to(device)
+
+
+def recording_files(folder: str) -> list[str]:
+    files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in RECORDINGS and p.parent.name != "silence")
+    if not files:
+        raise ValueError(f"no audio files in {folder}: check --recordings")
+    return files
 
 
 def read_drawn(path: str) -> tuple[dict, int, str]:
@@ -166,32 +212,33 @@ def read_drawn(path: str) -> tuple[dict, int, str]:
         raise ValueError(f"{path} is no file of draw_codes.py ({error}): check --drawn") from None
 
 
-def cached_labels(cache: Path, label, jobs: list, workers: int, what: str) -> list[tuple]:
-    """label(job) for every job, in parallel, kept in `cache`; what gave None is left out."""
-    import numpy as np
-    from tqdm import tqdm
-
-    import runtime
-    if cache.exists():
+def cached_labels(folder: Path, label, jobs: list, workers: int, what: str) -> Sound:
+    """label(job) for every job, in parallel, kept in `folder`; what gave None is left out."""
+    cache = folder / f"{what}-{hashlib.sha256(json.dumps([2, jobs]).encode()).hexdigest()[:16]}.npz"
+    if not cache.exists():
+        with ProcessPoolExecutor(workers) as pool:
+            found = [t for t in tqdm(pool.map(label, jobs, chunksize=8), total=len(jobs), desc=f"labels {what}", unit="file", mininterval=5) if t is not None]
+        parts = {"audio": [t[0] for t in found], "phones": [t[1] for t in found], "f0": [continuous_pitch(t[2]) for t in found]}
+        whole = {name: np.concatenate(part) for name, part in parts.items()} | {"lengths": np.array([len(t[0]) for t in found])}
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.atomic_write(cache, lambda file: np.savez(file, **whole))
+    else:
         with np.load(cache) as stored:
-            return [tuple(stored[f"{i}_{part}"] for part in range(3)) for i in range(len(stored.files) // 3)]
-    with ProcessPoolExecutor(workers) as pool:
-        found = [t for t in tqdm(pool.map(label, jobs, chunksize=8), total=len(jobs), desc=what, unit="file", mininterval=5) if t is not None]
-    cache.parent.mkdir(exist_ok=True)
-    runtime.atomic_write(cache, lambda file: np.savez(file, **{f"{i}_{part}": a for i, turn in enumerate(found) for part, a in enumerate(turn)}))
-    return found
+            whole = dict(stored)
+    return Sound(*(torch.from_numpy(whole[name]) for name in ("audio", "phones", "f0")), whole["lengths"])
 
 
-def roughen(audio, rng, probability: float):
-    """(N,) -> the same, sometimes with a narrower band (2.8 to 10 kHz), sometimes with steady noise 15 to 40 dB below it."""
-    import numpy as np
-    if rng.random() < probability:
-        spectrum = np.fft.rfft(audio)
-        hz = np.arange(len(spectrum)) * (12000 / (len(spectrum) - 1))
-        audio = np.fft.irfft(spectrum / (1 + (hz / rng.uniform(2800, 10000)) ** 16), len(audio)).astype(np.float32)
-    if rng.random() < probability:
-        noise = np.fft.rfft(rng.standard_normal(len(audio)).astype(np.float32))
-        noise = np.fft.irfft(noise / (1 + np.arange(len(noise)) * rng.uniform(0, 20) / len(noise)), len(audio))
-        level = np.sqrt(np.mean(audio ** 2)) * 10 ** (-rng.uniform(15, 40) / 20)
-        audio = audio + (noise / max(1e-9, noise.std()) * level).astype(np.float32)
-    return audio
+def roughen(audio: Tensor, rng, probability: np.ndarray) -> Tensor:
+    """(B, N) -> the same, some rows with a narrower band (2.8 to 10 kHz), some with steady noise 15 to 40 dB below them; probability (B,)."""
+    narrow, noisy = rng.random((2, len(audio))) < probability
+    cutoff, slope, level = rng.uniform(2800, 10000, len(audio)), rng.uniform(0, 20, len(audio)), 10 ** (-rng.uniform(15, 40, len(audio)) / 20)
+    generator = torch.Generator(audio.device).manual_seed(int(rng.integers(2 ** 62)))
+    if not (narrow | noisy).any():
+        return audio
+    cutoff, slope, level, narrow = (torch.from_numpy(x).float().to(audio.device)[:, None] for x in (cutoff, slope, level * noisy, narrow))
+    place = torch.linspace(0, 1, audio.shape[1] // 2 + 1, device=audio.device)            # of a bin between 0 and 12 kHz
+    spectrum = torch.fft.rfft(audio) / (1 + narrow * (place * 12000 / cutoff) ** 16)
+    noise = torch.randn(audio.shape, generator=generator, device=audio.device)
+    noise = torch.fft.irfft(torch.fft.rfft(noise) / (1 + place * slope / 2), audio.shape[1])
+    audio = torch.fft.irfft(spectrum, audio.shape[1])
+    return audio + noise / noise.std(1, keepdim=True) * audio.square().mean(1, keepdim=True).sqrt() * level

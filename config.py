@@ -407,6 +407,7 @@ class CodecTrainConfig:
     """One training run of the codec (train_codec.py)."""
     data: str = "data/synthetic"
     recordings: str = ""              # a folder of people's recordings besides (WAV, FLAC, .g722 ...); no transcripts needed
+    recorded: float = 0.0             # share of crops that come from them; 0: as they stand among all turns
     output: str = "checkpoints/codec"
     drawn: str = ""                   # a file of draw_codes.py: the decoder learns from what a model draws as well
     resume: str = ""
@@ -440,8 +441,8 @@ class CodecTrainConfig:
     seed: int = 1234
     device: str = "auto"
     wandb: str = "offline"
-    # adversarial and features are multiplied by `adversarial` besides
-    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25, "adversarial": 1.0, "features": 2.0})
+    # adversarial, features and words are multiplied by `adversarial` besides
+    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25, "adversarial": 1.0, "features": 2.0, "words": 1.0})
 
     def __post_init__(self):
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")

@@ -9,13 +9,17 @@ the recording's are and its filters have minimum phase, which one look at the ph
 mend. FARGAN, driven by pitch as well, is trained against magnitudes for the same reason; DAC, EnCodec and Vocos make
 their own phase and are judged on complex spectra.
 
-Knows nothing of codes. Shapes: B batch, N samples, T spectral frames, F bins.
+A listener besides reads phones from recordings; the decoder learns to make sound in which it reads the same. That is
+what keeps words clear where spectra cannot be right, as in crops decoded from few codes, in another voice.
+
+Knows nothing of codes. Shapes: B batch, N samples, T spectral frames, F bins, S slots.
 """
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 FFTS = (2048, 768, 256)
@@ -104,46 +108,106 @@ def feature_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     return sum((r.detach() - f).float().abs().mean() / r.detach().float().abs().mean().clamp_min(1e-4) for r, f in zip(real, fake)) / len(real)
 
 
-class Adversary:
-    """The discriminators with their optimiser. One look at a batch serves both players, so a step needs one forward pass.
+class PhoneListener(nn.Module):
+    """audio (B, N) -> logits (B, S, phones) of every slot, read from log-mel spectra with 0.4 s around it."""
 
-    judge() leaves the discriminators' gradients waiting; update() applies them, after the decoder's own backward pass.
+    def __init__(self, phones: int, slot_size: int, filters: Tensor, width: int = 192):
+        super().__init__()
+        self.fft, self.hop, self.stride = 2 * (len(filters) - 1), slot_size // 2, 2
+        self.register_buffer("window", torch.hann_window(self.fft), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+        self.enter = nn.Conv1d(filters.shape[1], width, 5, padding=2)
+        self.halve = nn.Conv1d(width, width, 4, stride=2, padding=1)
+        self.mix = nn.ModuleList(nn.Conv1d(width, width, 9, padding=4, groups=width) for _ in range(6))
+        self.turn = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)) for _ in range(6))
+        self.out = nn.Linear(width, phones)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        with torch.autocast(audio.device.type, enabled=False):
+            size = torch.stft(audio.float(), self.fft, self.hop, window=self.window, return_complex=True).abs()[..., :audio.shape[1] // self.hop]
+            x = (size.transpose(1, 2) @ self.filters + 1e-2).log()                      # (B, T, mels)
+        x = F.gelu(self.enter(x.transpose(1, 2)))
+        for number, (mix, turn) in enumerate(zip(self.mix, self.turn)):
+            if number == 2:
+                x = F.gelu(self.halve(x))                                               # from here on slots
+            x = x + turn(mix(x).transpose(1, 2)).transpose(1, 2)
+        return self.out(x.transpose(1, 2)).float()
+
+
+def words_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Logits (B, S, phones) of the recording and of the decoded sound -> mean Kullback-Leibler divergence in nats per slot."""
+    return F.kl_div(fake.log_softmax(-1), real.detach().log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+
+
+class Adversary:
+    """Discriminators and listener with their optimiser. One look at a batch serves both players, so a step needs one forward pass.
+
+    judge() leaves their gradients waiting; update() applies them, after the decoder's own backward pass.
     """
 
-    def __init__(self, width: int, phase: bool, seconds: float, sample_rate: int, device="cpu"):
-        self.nets = Discriminators(width, phase).to(device)
+    def __init__(self, width: int, phase: bool, seconds: float, sample_rate: int, device="cpu", listener: nn.Module | None = None):
+        self.nets, self.listener = Discriminators(width, phase).to(device), None if listener is None else listener.to(device)
         self.length = int(seconds * sample_rate)
-        self.optimizer = torch.optim.AdamW(self.nets.parameters(), lr=1e-4, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+        self.parameters = [p for net in (self.nets, self.listener) if net is not None for p in net.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.8, 0.99), weight_decay=0.0, **optimizer_options(1e-4, torch.device(device)))
         self.waiting: list[Tensor] = []
 
-    def judge(self, fake: Tensor, real: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """fake with gradient and real (B, N), aligned -> losses of the decoder, and metrics; a part of each crop, the same in all."""
-        start = int(torch.randint(0, max(1, fake.shape[1] - self.length + 1), (1,), generator=generator))
-        fake_features, fake_scores = self.nets(fake[:, start:start + self.length])
-        real_features, real_scores = self.nets(real[:, start:start + self.length])
-        loss = discriminator_loss(real_scores, fake_scores)
-        self.waiting = list(torch.autograd.grad(loss, list(self.nets.parameters()), retain_graph=True))
-        right = [torch.stack([((s > 0.5) == wanted).float().mean() for s in scores]).mean() for scores, wanted in ((real_scores, True), (fake_scores, False))]
-        return ({"adversarial": adversarial_loss(fake_scores), "features": feature_loss(real_features, fake_features)},
-                {"discriminator": loss.detach(), "told_apart": (right[0] + right[1]) / 2})
+    def judge(self, fake: Tensor, real: Tensor, generator: torch.Generator, phones: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """fake with gradient and real (B, N), aligned; phones (B, S), -100 where unknown -> losses of the decoder, and metrics.
 
-    def update(self, lr: float) -> None:
-        for parameter, gradient in zip(self.nets.parameters(), self.waiting):
+        The discriminators see a part of each crop, the same in all; the listener hears them whole.
+        """
+        start = torch.randint(0, max(1, fake.shape[1] - self.length + 1), (1,), generator=generator, device=generator.device)
+        part = (start + torch.arange(min(self.length, fake.shape[1]), device=start.device)).to(fake.device)
+        with parametrize.cached():
+            fake_features, fake_scores = self.nets(fake.index_select(1, part))
+            real_features, real_scores = self.nets(real.index_select(1, part))
+        loss = discriminator_loss(real_scores, fake_scores)
+        losses = {"adversarial": adversarial_loss(fake_scores), "features": feature_loss(real_features, fake_features)}
+        right = [torch.stack([((s > 0.5) == wanted).float().mean() for s in scores]).mean() for scores, wanted in ((real_scores, True), (fake_scores, False))]
+        metrics = {"discriminator": loss.detach(), "told_apart": (right[0] + right[1]) / 2}
+        if self.listener is not None:
+            heard, made = self.listener(real), self.listener(fake)
+            losses["words"] = words_loss(heard, made)
+            reading = F.cross_entropy(heard.flatten(0, 1), phones.flatten(), reduction="sum") / (phones >= 0).sum().clamp_min(1)
+            hits = [((logits.detach().argmax(-1) == phones).sum() / (phones >= 0).sum().clamp_min(1)) for logits in (heard, made)]
+            metrics |= {"listener": reading.detach(), "heard": hits[0], "understood": hits[1]}
+            loss = loss + reading
+        self.waiting = list(torch.autograd.grad(loss, self.parameters, retain_graph=True))
+        return losses, metrics
+
+    def update(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.waiting):
             parameter.grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for net in filter(None, (self.nets, self.listener)):
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.waiting = []
 
     def state_dict(self) -> dict:
-        return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(), "listener": None if self.listener is None else self.listener.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """ValueError when the state is of discriminators of another size."""
         try:
             self.nets.load_state_dict(state["nets"])
-        except RuntimeError:
+            if self.listener is not None:
+                self.listener.load_state_dict(state["listener"])
+        except (RuntimeError, KeyError, TypeError):
             raise ValueError("the checkpoint's discriminators have another size: give the --discriminator_width and --discriminator_phase of its run") from None
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def optimizer_options(lr: float, device: torch.device) -> dict:
+    """On CUDA the rate is a tensor and nothing is asked of the device, so that a step can be captured as a graph."""
+    cuda = device.type == "cuda"
+    return {"lr": torch.tensor(lr, device=device) if cuda else lr, "fused": True, "capturable": cuda}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -129,20 +129,21 @@ class ResidualQuantizer(nn.Module):
         return self.vectors(codes).sum(0)
 
     @torch.no_grad()
-    def update(self, z: Tensor, codes: Tensor, decay: float, revive_below: float = 0.02) -> None:
-        """One EMA step on z (B, T, dim) with its codes (B, L, T); unused codes move to random residuals."""
+    def update(self, z: Tensor, codes: Tensor, decay: float, revive_below: float = 0.1) -> None:
+        """One EMA step on z (B, T, dim) with its codes (B, L, T). Codes used less than `revive_below` of an even share move to random residuals."""
         residual = z.reshape(-1, self.dim)
+        share = len(residual) / self.size                                                # uses per code and step, were all used alike
         for level in range(self.levels):
             index = codes[:, level].reshape(-1)
-            counts = torch.bincount(index, minlength=self.size).float()
+            counts = torch.zeros_like(self.usage[level]).index_add_(0, index, torch.ones_like(residual[:, 0]))
             total = torch.zeros_like(self.sums[level]).index_add_(0, index, residual)
             self.usage[level].mul_(decay).add_(counts, alpha=1 - decay)
             self.sums[level].mul_(decay).add_(total, alpha=1 - decay)
             before = self.codebooks[level][index]
-            dead = self.usage[level] < revive_below
+            dead = self.usage[level] < revive_below * share                                      # (size,); no branch on it: a device need not be asked
             fresh = residual[torch.randint(len(residual), (self.size,), device=z.device)]
-            self.sums[level][dead] = fresh[dead]
-            self.usage[level][dead] = 1.0
+            self.sums[level].copy_(torch.where(dead[:, None], fresh * share, self.sums[level]))
+            self.usage[level].copy_(torch.where(dead, share, self.usage[level]))
             self.codebooks[level].copy_(self.sums[level] / self.usage[level].clamp_min(1e-5)[:, None])
             residual = residual - before
 

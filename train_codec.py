@@ -14,6 +14,7 @@ the decoder what a model draws (draw_codes.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -21,19 +22,20 @@ import signal
 import time
 from pathlib import Path
 
-from codec_data import GRID, UNKNOWN, CodecData
 from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 
 # semantic and acoustic codebooks of the crops that are decoded from fewer: few alone, as models use them, and half of all
-TRUNCATIONS = ((1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (2, 0), (2, 0), (3, 0), (4, 0), (8, 0), (10, 0), (3, 4), (3, 9), (3, 9), (3, 9), (3, 9), (10, 6), (10, 6), (10, 6), (6, 12))
+TRUNCATIONS = ((1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (2, 0), (4, 0), (4, 0), (8, 0), (8, 0), (10, 0), (3, 4), (3, 9), (3, 9), (3, 9), (3, 9), (3, 9), (10, 6), (10, 6), (6, 12))
+ALONE_WEIGHT = 0.3              # of the spectral losses where no acoustic code says who speaks: they would ask for the mean of all voices
 ACOUSTIC_ERRORS = 0.3           # share of the semantic side's exchanged codes: acoustic ones are foretold better
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
 HELD_OUT_SECONDS = 300          # of validation sound: 3,750 frames
 SAMPLES, SAMPLE_SECONDS = 2, 4  # turns written out to hear and see
-LOSSES = ("mel", "stft", "phones", "f0", "commit", "adversarial", "features", "discriminator")
+LOSSES = ("mel", "stft", "phones", "words", "f0", "commit", "adversarial", "features", "discriminator", "listener")
 ADVERSARIAL_RAMP = 500          # steps over which the discriminators' weight grows
 THAW = 400                      # steps for which weights taken from a folder wait for the new parts beside them to learn
 ENCODER = ("feature_in.", "slot_encoder.", "merge.", "frame_encoder.", "semantic_in.")
+JUDGED = ("adversarial", "features", "words")          # losses whose weight grows while those who judge learn
 JITTER = 10.0                   # weight of the pitch's error from hop to hop, beside 4 for the pitch itself
 
 
@@ -70,6 +72,7 @@ def make_trainer_modules(cfg: CodecConfig):
                 self.register_buffer(f"mel_{n}", mel_filters(n // 2 + 1, {480: 40, 1024: 80, 2048: 128}[n], cfg.sample_rate), persistent=False)
 
         def forward(self, fake, real):
+            """-> mel, stft of every row, (B,) each."""
             mel = stft = 0.0
             for n in self.ffts:
                 window = getattr(self, f"window_{n}")
@@ -77,10 +80,10 @@ def make_trainer_modules(cfg: CodecConfig):
                 a, b = both.chunk(2)
                 filters = getattr(self, f"mel_{n}")
                 la, lb = ((x.transpose(1, 2) @ filters + 1e-3).log() for x in (a, b))
-                mel = mel + (la - lb).abs().mean() / len(self.ffts)
-                log_magnitude = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
+                mel = mel + (la - lb).abs().mean((1, 2)) / len(self.ffts)
+                log_magnitude = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean((1, 2))
                 convergence = (b - a).norm(dim=(1, 2)) / b.norm(dim=(1, 2)).clamp_min(1.0)
-                stft = stft + (0.5 * log_magnitude + 0.5 * convergence.mean()) / len(self.ffts)
+                stft = stft + (0.5 * log_magnitude + 0.5 * convergence) / len(self.ffts)
             return mel, stft
 
     return PhoneReader(), SpectralLoss()
@@ -88,7 +91,7 @@ def make_trainer_modules(cfg: CodecConfig):
 
 def quantise(codec, x, cfg: CodecTrainConfig, generator, ready=(True, True)):
     """latents (B, T, E) -> decoder input (B, T, E), commitment loss, per side (quantiser, z, codes, partial sums),
-    and what the decoder hears of the semantic side (B, T, d). A side that is not `ready` is heard unquantised; its codes are None."""
+    what the decoder hears of the semantic side (B, T, d), and in which crops of nothing else (B,). A side that is not `ready` is heard unquantised; its codes are None."""
     import torch
     split = codec.cfg.num_semantic
     counts = draw_truncation(x.shape[0], split, codec.cfg.num_codebooks - split, cfg, generator)
@@ -101,7 +104,7 @@ def quantise(codec, x, cfg: CodecTrainConfig, generator, ready=(True, True)):
             sums = vectors.cumsum(0)
             before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
             commit = commit + ((z[None] - before - vectors) ** 2).mean()
-            keep = (torch.arange(quantizer.levels)[:, None] < counts[side][None]).to(z.device, z.dtype)[..., None, None]
+            keep = (torch.arange(quantizer.levels, device=counts.device)[:, None] < counts[side][None]).to(z.device, z.dtype)[..., None, None]
             rate = 1.0 if side == 0 else ACOUSTIC_ERRORS
             heard = (missample(vectors, cfg.sure_codebooks if side == 0 else 1, cfg.noise_probability, generator, rate) * keep).sum(0)
         else:
@@ -110,16 +113,24 @@ def quantise(codec, x, cfg: CodecTrainConfig, generator, ready=(True, True)):
         words = heard if words is None else words
         there = (counts[side] > 0).to(z.device, z.dtype)[:, None, None]
         decoder_in = decoder_in + back(z + (heard - z).detach()) * there
-    return decoder_in, commit, sides, words
+    return decoder_in, commit, sides, words, counts[1] == 0
 
 
 def draw_truncation(B: int, semantic: int, acoustic: int, cfg: CodecTrainConfig, generator):
     """Per crop: how many semantic and how many acoustic codebooks the decoder hears, (2, B)."""
     import torch
-    short = torch.rand(B, generator=generator) < cfg.dropout_probability
-    whole = torch.tensor([semantic, acoustic])
-    choice = torch.tensor(TRUNCATIONS)[torch.randint(len(TRUNCATIONS), (B,), generator=generator)].minimum(whole)
+    device = generator.device
+    short = torch.rand(B, generator=generator, device=device) < cfg.dropout_probability
+    whole = _constant((semantic, acoustic), device)
+    choice = _constant(TRUNCATIONS, device)[torch.randint(len(TRUNCATIONS), (B,), generator=generator, device=device)].minimum(whole)
     return torch.where(short[:, None], choice, whole).T
+
+
+@functools.lru_cache(maxsize=8)
+def _constant(values: tuple, device):
+    """A tensor that is brought to the device once."""
+    import torch
+    return torch.tensor(values, device=device)
 
 
 def missample(vectors, sure: int, probability: float, generator, most: float = 1.0):
@@ -128,12 +139,15 @@ def missample(vectors, sure: int, probability: float, generator, most: float = 1
     The first `sure` levels are always right. Where errors begin and how frequent they are (0 to `most`) differs from crop to crop.
     """
     import torch
-    L, B, T, _ = vectors.shape
-    first = torch.randint(min(sure, L), L + 1, (B,), generator=generator)
-    first = torch.where(torch.rand(B, generator=generator) < 0.5, sure, first)
-    rate = most * torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < probability)
-    may = torch.arange(L)[:, None] >= first[None]
-    where = (torch.rand((L, B, T), generator=generator) < rate[None, :, None]) & may[..., None]
+    (L, B, T, _), device = vectors.shape, generator.device
+
+    def chance(*shape):
+        return torch.rand(shape, generator=generator, device=device)
+    first = torch.randint(min(sure, L), L + 1, (B,), generator=generator, device=device)
+    first = torch.where(chance(B) < 0.5, sure, first)
+    rate = most * chance(B) * (chance(B) < probability)
+    may = torch.arange(L, device=device)[:, None] >= first[None]
+    where = (chance(L, B, T) < rate[None, :, None]) & may[..., None]
     return torch.where(where[..., None].to(vectors.device), vectors.roll(1, 1), vectors)
 
 
@@ -146,7 +160,7 @@ def driving_pitch(predicted, measured, share: float, generator):
     import torch
     if not share:
         return measured
-    own = (torch.rand(len(measured), 1, generator=generator) < share).to(measured.device)
+    own = (torch.rand(len(measured), 1, generator=generator, device=generator.device) < share).to(measured.device)
     return torch.where(own, predicted.detach(), measured)
 
 
@@ -154,12 +168,15 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     """-> dict of losses (names as in cfg.loss_weights), tensors for the codebook update, metrics."""
     import torch
     import torch.nn.functional as F
+
+    from codec_data import GRID, UNKNOWN
     audio, phones, f0_grid, drawn = batch
     B, N = audio.shape
     x, _ = codec.latents(audio)
     losses = {}
-    decoder_in, losses["commit"], sides, words = quantise(codec, x, cfg, generator, ready)
-    losses["commit"] = audio.new_tensor(0.0) + losses["commit"]
+    decoder_in, losses["commit"], sides, words, alone = quantise(codec, x, cfg, generator, ready)
+    weight = torch.where(alone.to(x.device), ALONE_WEIGHT, 1.0)
+    losses["commit"] = audio.new_zeros(()) + losses["commit"]
     sums, zs = sides[0][3], sides[0][1]
     read = [*(sums[min(n, len(sums)) - 1] for n in PHONE_LEVELS), words] if ready[0] else [zs]
     partial = [zs + (part - zs).detach() for part in read]
@@ -181,14 +198,14 @@ def codec_losses(codec, reader, spectral, batch, cfg: CodecTrainConfig, generato
     both = known[:, 1:] * known[:, :-1]                                                 # a pitch that trembles from hop to hop sounds rough
     losses["f0"] = 4 * (away.abs() * known).sum() / known.sum().clamp_min(1) + JITTER * (away.diff(dim=1).abs() * both).sum() / both.sum().clamp_min(1)
     state = {"tail": audio.new_zeros(B, codec.cfg.synth_fft - codec.cfg.synth_hop), "phase": None,
-             "hop": torch.randint(0, 200, (B,), generator=generator).to(audio.device)}
+             "hop": torch.randint(0, 200, (B,), generator=generator, device=generator.device).to(audio.device)}
     with torch.autocast(audio.device.type, enabled=False):                              # envelopes and spectra in full precision
         fake, _ = codec.synth(harmonic, noise, driving_pitch(f0, true_f0.abs(), cfg.predicted_pitch, generator), state)
-        losses["mel"], losses["stft"] = spectral(fake, audio)
+        losses["mel"], losses["stft"] = ((weight * row).sum() / weight.sum() for row in spectral(fake, audio))
     accuracy = [(p.argmax(-1) == target).sum() / labels for p in logits.chunk(len(partial))]
     metrics = {f"phones@{n}": a for n, a in zip((*PHONE_LEVELS, "heard") if ready[0] else ("z",), accuracy)}
     if adversary is not None:
-        said, seen = adversary.judge(fake, audio, generator)
+        said, seen = adversary.judge(fake, audio, generator, target)
         losses, metrics = losses | said, metrics | seen
     return losses, sides, metrics
 
@@ -204,22 +221,28 @@ class Run:
 
         import runtime
         from checkpoint import check_codec, codec_fingerprint
-        from discriminators import Adversary
-        from rvq_tokenizer import Codec
+        from codec_data import CodecData
+        from discriminators import Adversary, PhoneListener, optimizer_options
+        from rvq_tokenizer import Codec, mel_filters
         torch.manual_seed(cfg.seed)
         self.cfg, self.output, self.device = cfg, Path(cfg.output), runtime.pick_device(cfg.device)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment, drawn=cfg.drawn)
+        self.data = CodecData(cfg.data, "train", codec_cfg.phones, limit_hours, recordings=cfg.recordings, augment=cfg.augment, drawn=cfg.drawn, recorded=cfg.recorded)
+        self.data.to(self.device)
         self.codec = Codec(codec_cfg).to(self.device)
         self.reader, self.spectral = (module.to(self.device) for module in make_trainer_modules(codec_cfg))
         self.parameters = trained_parameters(self.codec, self.reader, cfg.decoder_only)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
-        self.adversary = Adversary(cfg.discriminator_width, cfg.discriminator_phase, cfg.adversarial_seconds, codec_cfg.sample_rate, self.device) if cfg.adversarial else None
-        self.rng, self.generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), **optimizer_options(cfg.lr, self.device))
+        self.adversary, self.adversarial_scale = None, torch.zeros((), device=self.device)
+        if cfg.adversarial:
+            listener = PhoneListener(len(codec_cfg.phones), codec_cfg.slot_size, mel_filters(513, 80, codec_cfg.sample_rate, 40.0)) if cfg.loss_weights.get("words") else None
+            self.adversary = Adversary(cfg.discriminator_width, cfg.discriminator_phase, cfg.adversarial_seconds, codec_cfg.sample_rate, self.device, listener)
+        self.rng, self.generator = np.random.default_rng(cfg.seed), torch.Generator(self.device).manual_seed(cfg.seed)
+        self.replay = Replay(self) if self.device.type == "cuda" else None
         self.step, self.minutes, self.interrupted = 0, 0.0, False
         self.ready = [False, False]                                                         # are the semantic, the acoustic codebooks in use
         self.thaw = 0                                                                       # the encoder and the semantic codebooks rest until this step
-        self.listener: CodecData | None = None                                              # held-out data, loaded when first needed
+        self.listener = None                                                                # held-out data, loaded when first needed
         if cfg.init_from and not cfg.resume and Path(cfg.init_from).is_dir():
             load_folder(cfg.init_from, self)
         elif cfg.resume or cfg.init_from:
@@ -253,7 +276,7 @@ class Run:
         return self.cfg.adversarial * min(1.0, max(0, self.step - self.adversarial_start) / ADVERSARIAL_RAMP)
 
     def batch(self) -> tuple:
-        return tuple(t.to(self.device) for t in self.data.batch(self.rng, self.cfg.batch, int(self.cfg.seconds * self.codec.cfg.sample_rate)))
+        return self.data.batch(self.rng, self.cfg.batch, int(self.cfg.seconds * self.codec.cfg.sample_rate))
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
@@ -358,6 +381,9 @@ def train(cfg: CodecTrainConfig, codec_cfg: CodecConfig, limit_hours: float = 0.
     from tqdm import tqdm
 
     import runtime
+    if runtime.pick_device(cfg.device).type == "cuda":
+        import torch
+        torch.cuda.set_stream(torch.cuda.Stream())                   # graphs are captured on a stream that is not the default one
     run = Run(cfg, codec_cfg, limit_hours)
     sizes = f"{sum(p.numel() for p in run.codec.parameters()) / 1e6:.1f} M parameters" + (
         f", discriminators {sum(p.numel() for p in run.adversary.nets.parameters()) / 1e6:.1f} M" if run.adversary else "")
@@ -416,44 +442,91 @@ def stop_on_signals(run: Run) -> None:
 
 
 def train_step(run: Run):
-    """One update of weights, codebooks and discriminators -> a function that gives the numbers to log. Stops on a loss that is not finite."""
+    """One update of weights, codebooks and discriminators -> a function that gives the numbers to log. Stops on a loss that is not finite:
+    at once on a CPU, elsewhere when the numbers are read (asking the device at every step would make it wait).
+    """
+    from discriminators import set_rate
+    batch, rate = run.batch(), run.schedule
+    set_rate(run.optimizer, run.cfg.lr * rate)
+    if run.adversary is not None:
+        set_rate(run.adversary.optimizer, run.cfg.discriminator_lr * rate)
+    run.adversarial_scale.fill_(run.adversarial_weight)
+    phase = (tuple(run.ready), run.adversary is not None and run.step >= run.adversarial_start, run.step < run.thaw)
+    found = run.replay(phase, batch) if run.replay else update(run, batch, phase)
+    run.step += 1
+
+    def values() -> dict:
+        numbers = {k: float(v) for k, v in found.items()}
+        if not math.isfinite(numbers["loss"]):
+            raise ValueError(f"the loss is not finite ({numbers}): lower --lr or resume from an earlier checkpoint")
+        return {"lr": run.cfg.lr * rate} | numbers
+    if run.device.type == "cpu":
+        values()
+    return values
+
+
+def update(run: Run, batch: tuple, phase: tuple) -> dict:
+    """The part of a step that happens on the device alone; nothing in it waits for the device. -> numbers as tensors."""
     import torch
-    cfg, batch = run.cfg, run.batch()
-    rate = run.schedule
-    for group in run.optimizer.param_groups:
-        group["lr"] = cfg.lr * rate
-    adversary = run.adversary if run.step >= run.adversarial_start else None
+    cfg, (ready, judged, resting) = run.cfg, phase
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, run.ready, adversary, run.data.drawn_semantic)
-    weights = cfg.loss_weights | {name: cfg.loss_weights[name] * run.adversarial_weight for name in ("adversarial", "features")}
-    total = sum(weights[name] * value for name, value in losses.items())
-    if not torch.isfinite(total):
-        raise ValueError(f"the loss is not finite ({ {k: float(v.detach()) for k, v in losses.items()} }): lower --lr or resume from an earlier checkpoint")
+        losses, sides, metrics = codec_losses(run.codec, run.reader, run.spectral, batch, cfg, run.generator, ready, run.adversary if judged else None, run.data.drawn_semantic)
+    total = sum(cfg.loss_weights[name] * value * (run.adversarial_scale if name in JUDGED else 1.0) for name, value in losses.items())
     run.optimizer.zero_grad(set_to_none=True)
     total.backward(inputs=run.parameters)                            # not the discriminators': theirs wait in the adversary
-    resting = run.step < run.thaw
     if resting:
         for name, parameter in run.codec.named_parameters():
             if name.startswith(ENCODER):
                 parameter.grad = None
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, cfg.grad_clip)
     run.optimizer.step()
-    if adversary is not None:
-        adversary.update(cfg.discriminator_lr * rate)
+    if judged:
+        run.adversary.update()
     for quantizer, z, codes, _ in sides:
         if codes is not None and not cfg.decoder_only and not (resting and quantizer is run.codec.semantic):
             quantizer.update(z.detach(), codes, cfg.ema)
-    run.step += 1
-    return lambda: {"lr": cfg.lr * rate, "grad_norm": float(norm)} | {k: float(v.detach()) for k, v in (losses | metrics).items()}
+    return {"loss": total.detach(), "grad_norm": norm} | {k: v.detach() for k, v in (losses | metrics).items()}
+
+
+class Replay:
+    """`update` on CUDA: captured as a graph once per phase of the run and replayed, for it is some thousands of small kernels,
+    which take longer to launch than to run. All of it on one stream of its own, as capturing wants.
+    """
+    WARM = 4                                                         # steps before a capture: libraries make their workspaces, optimisers their states
+
+    def __init__(self, run: Run):
+        self.run, self.graphs, self.seen = run, {}, {}
+
+    def __call__(self, phase: tuple, batch: tuple) -> dict:
+        self.seen[phase] = self.seen.get(phase, 0) + 1
+        if self.seen[phase] <= self.WARM:
+            return update(self.run, batch, phase)
+        if phase not in self.graphs:
+            self.graphs[phase] = self._capture(phase, batch)
+        graph, given, found = self.graphs[phase]
+        for held, new in zip(given, batch):
+            held.copy_(new)
+        graph.replay()
+        return found
+
+    def _capture(self, phase: tuple, batch: tuple) -> tuple:
+        import torch
+        given, graph = tuple(t.clone() for t in batch), torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.run.generator)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            found = update(self.run, given, phase)
+        return graph, given, found
 
 
 # ----------------------------------------------------------------------------- held-out figures, samples, pictures
 
-def held_out(run: Run) -> CodecData:
-    """The validation split; the training data where there is none, which the log then says."""
+def held_out(run: Run):
+    """CodecData of the validation split; the training data where there is none, which the log then says."""
+    from codec_data import CodecData
     if run.listener is None:
         path = Path(run.cfg.data) / "manifests" / "validation"
-        run.listener = CodecData(run.cfg.data, "validation", run.codec.cfg.phones, HELD_OUT_SECONDS / 3600) if path.exists() else run.data
+        run.listener = CodecData(run.cfg.data, "validation", run.codec.cfg.phones, HELD_OUT_SECONDS / 3600).to(run.device) if path.exists() else run.data
     return run.listener
 
 
@@ -466,13 +539,13 @@ def evaluate(run: Run) -> dict:
 
     from rvq_tokenizer import code_statistics
     cfg = dataclasses.replace(run.cfg, dropout_probability=0.0, noise_probability=0.0, predicted_pitch=0.0)
-    data, codec, generator = held_out(run), run.codec, torch.Generator().manual_seed(0)
+    data, codec, generator = held_out(run), run.codec, torch.Generator(run.device).manual_seed(0)
     batch = data.batch(np.random.default_rng(0), cfg.batch, int(cfg.seconds * codec.cfg.sample_rate))
     with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        losses, _, metrics = codec_losses(codec, run.reader, run.spectral, tuple(t.to(run.device) for t in batch), cfg, generator, run.ready)
+        losses, _, metrics = codec_losses(codec, run.reader, run.spectral, batch, cfg, generator, run.ready)
     found = {f"validation_{k}": float(v) for k, v in (losses | metrics).items()} | {"held_out": data is not run.data}
     if run.started:
-        sound = np.concatenate([turn[0] for turn in data.turns])[:HELD_OUT_SECONDS * codec.cfg.sample_rate].astype(np.float32) / 32767
+        sound = np.concatenate(list(data.turns()))[:HELD_OUT_SECONDS * codec.cfg.sample_rate].astype(np.float32) / 32767
         rows = np.array_split(sound, max(1, len(sound) // (10 * codec.cfg.sample_rate)))                       # ten seconds each
         codes = torch.cat([codec.encode(torch.from_numpy(row).to(run.device).view(1, 1, -1))[0].cpu() for row in rows], 1)
         use = code_statistics(codes, codec.cfg.codebook_size)
@@ -502,9 +575,9 @@ def write_samples(run: Run) -> None:
     import audio_io
     codec, folder = run.codec, run.output / "samples"
     rate, all_of_them = codec.cfg.sample_rate, codec.cfg.num_codebooks
-    turns = sorted(held_out(run).turns, key=lambda turn: len(turn[0]) < 2 * rate)[:SAMPLES]                    # the first two of two seconds or more
+    turns = sorted(held_out(run).turns(), key=lambda turn: len(turn) < 2 * rate)[:SAMPLES]                    # the first two of two seconds or more
     for number, turn in enumerate(turns, 1):
-        sound = turn[0][:SAMPLE_SECONDS * rate].astype(np.float32) / 32767
+        sound = turn[:SAMPLE_SECONDS * rate].astype(np.float32) / 32767
         codes = codec.encode(torch.from_numpy(sound).to(run.device).view(1, 1, -1))
         made = {"input": sound}
         for count in dict.fromkeys((all_of_them, max(1, all_of_them // 2), min(2, all_of_them))):

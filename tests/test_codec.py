@@ -9,8 +9,10 @@ import pytest
 import soundfile
 import torch
 
+import audio_io
 import codec_data
 import train_codec
+from codec_data import CodecData
 from config import CodecConfig, CodecTrainConfig
 from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics
 
@@ -353,6 +355,67 @@ def drawn_file(path, codec, frames=12):
     return str(path)
 
 
+def test_crops_are_pieces_of_the_turns(data):
+    """Sound, phones and pitch of every crop lie where they lie in the collection; around a turn there is silence."""
+    crops, rng = CodecData(data, "train", TINY.phones), np.random.default_rng(3)
+    turns = [(sound, *labels) for sound, labels in zip(crops.turns(), zip(*(np.split(x.numpy(), crops.sound.firsts[1:]) for x in (crops.sound.phones, crops.sound.f0))))]
+    audio, phones, f0, drawn = crops.batch(rng, 16, 11520)
+    rng = np.random.default_rng(3)
+    picks = crops._pick(rng, 16)
+    starts, _ = crops._places(rng, picks, 11520)
+    gain = 10 ** (rng.uniform(-12, 3, 16) / 20)
+    assert audio.shape == (16, 11520) and phones.shape == f0.shape == (16, 52) and drawn.shape == (16, 0, 6) and len(set(picks)) > 1 and min(starts) < 0
+    for row, (pick, start) in enumerate(zip(picks, starts)):
+        sound, symbols, pitch = turns[pick]
+        for point in range(52):
+            inside = 0 <= start + point < len(symbols)
+            assert phones[row, point] == (symbols[start + point] if inside else 0) and f0[row, point] == (pitch[start + point] if inside else -120)
+        for n in range(0, 11520, 37):
+            want = sound[start * 240 + n] / 32767 if 0 <= start * 240 + n < len(sound) else 0.0
+            assert abs(float(audio[row, n]) - np.clip(want * gain[row], -1, 1)) < 1e-5
+
+
+def test_recordings_have_their_share(data, tmp_path):
+    for number in range(3):
+        audio_io.write_audio(tmp_path / f"{number}.wav", noise(24000)[0, 0].numpy() * 0.1)
+    crops = CodecData(data, "train", TINY.phones, recordings=str(tmp_path), recorded=0.25)
+    picks = crops._pick(np.random.default_rng(0), 4000)
+    assert len(crops.sound.lengths) == crops.spoken + 3 and 0.22 < (picks >= crops.spoken).mean() < 0.28
+    plain = CodecData(data, "train", TINY.phones, recordings=str(tmp_path))
+    assert plain.recorded == pytest.approx(3 / len(plain.sound.lengths))
+
+
+def test_roughened_rows_are_narrower_or_noisier():
+    tone = torch.sin(torch.arange(24000) * (2 * np.pi * 11000 / 24000)).expand(40, -1) * 0.5 + torch.sin(torch.arange(24000) * (2 * np.pi * 500 / 24000)) * 0.5
+    assert torch.equal(codec_data.roughen(tone, np.random.default_rng(0), np.zeros(40)), tone)
+    out = torch.fft.rfft(codec_data.roughen(tone, np.random.default_rng(0), np.full(40, 0.5))).abs() / 12000
+    lost, noisy = out[:, 11000] < 0.3, out[:, 3000:9000].mean(1) > 1e-4                  # 1 Hz bins
+    assert 10 < lost.sum() < 30 and 10 < noisy.sum() < 30 and (lost & ~noisy).any() and (noisy & ~lost).any()
+    assert (out[:, 500] > 0.45).all()
+
+
+def test_the_listener_learns_phones_and_tells_the_decoder(data):
+    """It reads recordings better and better; the words loss is zero on the recording itself, and a decoder can lower it."""
+    from discriminators import Adversary, PhoneListener, set_rate
+    from rvq_tokenizer import mel_filters
+    torch.manual_seed(0)
+    adversary = Adversary(4, False, 0.2, 24000, listener=PhoneListener(len(TINY.phones), TINY.slot_size, mel_filters(513, 80, 24000), 32))
+    set_rate(adversary.optimizer, 3e-3)
+    audio, phones, *_ = CodecData(data, "train", TINY.phones).batch(np.random.default_rng(0), 4, 11520)
+    target, generator = phones[:, 1:][:, ::2][:, :24], torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(40):
+        losses, metrics = adversary.judge(audio.clone().requires_grad_(), audio, generator, target)
+        assert losses["words"] < 1e-6
+        seen.append(float(metrics["listener"]))
+        adversary.update()
+    assert seen[-1] < 0.6 * seen[0]
+    fake = (audio + 0.1 * torch.randn_like(audio)).requires_grad_()
+    first = adversary.judge(fake, audio, generator, target)[0]["words"]
+    better = fake.detach() - 0.3 * torch.autograd.grad(first, fake)[0]
+    assert first > 0.01 and adversary.judge(better.requires_grad_(), audio, generator, target)[0]["words"] < first
+
+
 def test_the_decoder_learns_from_drawn_codes(data, tmp_path, monkeypatch):
     train_codec.train(settings(data, tmp_path / "a"), TINY)
     start = str(tmp_path / "a" / "last.pt")
@@ -366,7 +429,7 @@ def test_the_decoder_learns_from_drawn_codes(data, tmp_path, monkeypatch):
     assert drawn.shape == (64, 4, 6) and (drawn[given] == 7).all() and (drawn[~given] == -1).all() and 2 < given.sum() < 20
     heard = []
     monkeypatch.setattr(run.codec, "controls", lambda z, inner=run.codec.controls: heard.append(z) or inner(z))
-    while not heard or not given.any():
+    while not heard or given.all() or not given.any():
         heard.clear()
         batch = run.batch()
         given = batch[3][:, 0, 0] >= 0
