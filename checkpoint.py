@@ -122,7 +122,8 @@ def _half(value: Tensor) -> Tensor:
     return value.to(torch.float16)
 
 
-CODEC_INT8 = ("frame_decoder.", "slot_decoder.", "hop_decoder.")          # its large stacks; what is left of the decoder speaks in logarithms
+# its large stacks (what is left of the decoder speaks in logarithms), and the acoustic codebooks
+CODEC_INT8 = ("frame_decoder.", "slot_decoder.", "hop_decoder.", "acoustic.codebooks")
 CODEC_DECODER = ("semantic_out.", "acoustic_out.", "frame_decoder.", "split.", "slot_decoder.", "refine.", "hop_decoder.", "head.")
 
 
@@ -217,23 +218,27 @@ def carry_over(model: nn.Module, source: nn.Module) -> tuple[int, int]:
 
 # ----------------------------------------------------------------------------- the codec
 
+def _stored_codec(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A codec's state -> the tensors of its file. What is read from the file and stored again gives the same bytes."""
+    rows = {name: value for name, value in state.items() if name.startswith(CODEC_INT8)}
+    tensors = {name: _half(value) for name, value in state.items() if name not in rows}
+    return tensors | {name: value if value.dtype == torch.int8 else _half(value) for name, value in _pack(rows, int8=True).items()}
+
+
 def codec_fingerprint(codec: nn.Module) -> str:
     """What the codec's fingerprint will be when it is saved."""
-    return _fingerprint(to_dict(codec.cfg), {name: _half(value) for name, value in codec.state_dict().items()})
+    return _fingerprint(to_dict(codec.cfg), _stored_codec(codec.state_dict()))
 
 
 def save_codec(codec: nn.Module, folder, **about) -> str:
     """Write the codec as safetensors + config.json; sets and returns codec.fingerprint.
 
-    Encoder and codebooks, which decide the codes, are float16; the matrices of the decoder's stacks are int8 rows.
+    The encoder is float16; the matrices of the decoder's stacks and the acoustic codebooks are int8 rows, by which sounds get their codes from then on.
     about: plain data for config.json, such as the steps trained.
     """
-    config, state = to_dict(codec.cfg), codec.state_dict()
-    stacks = {name: value for name, value in state.items() if name.startswith(CODEC_INT8)}
-    tensors = {name: _half(value) for name, value in state.items() if name not in stacks}
-    tensors |= {name: value if value.dtype == torch.int8 else _half(value) for name, value in _pack(stacks, int8=True).items()}
-    codec.fingerprint = codec_fingerprint(codec)
-    storage = "float16, the decoder's stacks int8 rows with float16 scales"
+    config, tensors = to_dict(codec.cfg), _stored_codec(codec.state_dict())
+    codec.fingerprint = _fingerprint(config, tensors)
+    storage = "float16; the decoder's stacks and the acoustic codebooks int8 rows with float16 scales"
     _write_folder(folder, tensors, {"kind": "codec", "config": config, "fingerprint": codec.fingerprint, "storage": storage} | about)
     return codec.fingerprint
 
@@ -263,7 +268,7 @@ def load_codec(path="pretrained/codec", device="cpu") -> nn.Module:
 
 def _codec_of_training_file(path: Path) -> tuple[dict, dict]:
     saved = load_training(path, "codec")
-    return {name: _half(value) for name, value in saved["model"].items()}, {"config": saved["config"]}
+    return _stored_codec(saved["model"]), {"config": saved["config"]}
 
 
 # ----------------------------------------------------------------------------- training files
