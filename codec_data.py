@@ -173,7 +173,7 @@ class CodecData:
         gain = 10 ** (rng.uniform(-12, 3, size) / 20)
         gain[list(given)] = 1.0                                                            # codes say how loud it is
         device = sound.audio.device
-        where = torch.from_numpy(np.stack([starts, sound.points[picks], sound.firsts[picks], sound.lengths[picks], sound.begins[picks]])).to(device)
+        where = send(np.stack([starts, sound.points[picks], sound.firsts[picks], sound.lengths[picks], sound.begins[picks]]), device)
         start, points, first, samples, begin = where[..., None]                            # (B, 1) each
         take = start + torch.arange(length // GRID + 4, device=device)
         inside, at = (take >= 0) & (take < points), first + take.clamp(min=0).minimum(points - 1)
@@ -182,12 +182,18 @@ class CodecData:
         audio = torch.where((take >= 0) & (take < samples), sound.audio[begin + take.clamp(min=0).minimum(samples - 1)], 0).float() / 32767
         rough = np.full(size, self.augment)
         rough[list(given)] = 0.0
-        audio = roughen(audio, rng, rough) * torch.from_numpy(gain).float().to(device)[:, None]
+        audio = roughen(audio, rng, rough) * send(gain.astype(np.float32), device)[:, None]
         codebooks = max((len(codes) for codes in self.drawn.values()), default=0)
         codes = torch.full((size, codebooks, length // FRAME), -1)
         for row, drawn in given.items():
             codes[row] = torch.from_numpy(drawn.astype(np.int64))
         return audio.clamp(-1, 1), phones, f0, codes.to(device)
+
+
+def send(values: np.ndarray, device) -> Tensor:
+    """To the device without waiting for what it is doing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
 
 
 def recording_files(folder: str) -> list[str]:
@@ -235,7 +241,7 @@ def roughen(audio: Tensor, rng, probability: np.ndarray) -> Tensor:
     generator = torch.Generator(audio.device).manual_seed(int(rng.integers(2 ** 62)))
     if not (narrow | noisy).any():
         return audio
-    cutoff, slope, level, narrow = (torch.from_numpy(x).float().to(audio.device)[:, None] for x in (cutoff, slope, level * noisy, narrow))
+    cutoff, slope, level, narrow = send(np.stack([cutoff, slope, level * noisy, narrow]).astype(np.float32), audio.device)[..., None]     # (B, 1) each
     place = torch.linspace(0, 1, audio.shape[1] // 2 + 1, device=audio.device)            # of a bin between 0 and 12 kHz
     spectrum = torch.fft.rfft(audio) / (1 + narrow * (place * 12000 / cutoff) ** 16)
     noise = torch.randn(audio.shape, generator=generator, device=audio.device)

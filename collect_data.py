@@ -131,7 +131,7 @@ def _start_worker(settings: dict) -> None:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     import synthetic_conversations
-    _plan = synthetic_conversations.Plan(settings["seed"], settings["engine"], settings["kokoro_share"])
+    _plan = synthetic_conversations.Plan(settings["seed"], settings["engine"], settings["kokoro_share"], texts=settings.get("texts", ""))
 
 
 def _render(job: tuple) -> dict:
@@ -382,6 +382,8 @@ def _parser() -> config.Parser:
     parser.add_argument("--input", default="", help="your recordings (source folder), or a corpus that is already on the disk (Lhotse recipe)")
     parser.add_argument("--engine", default="mix", choices=("hibari", "kokoro", "mix"), help="voices of the synthetic source (default mix)")
     parser.add_argument("--kokoro_share", type=float, default=0.06, help="share of Kokoro's conversations in the mix; about twice real time (default 0.06)")
+    parser.add_argument("--texts", default="", metavar="PATH", help="speak the sentences of this file (one a line) instead of the dialogues; or the folder "
+                        "of WordNet, such as /usr/share/wordnet of Debian's wordnet-base")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same bytes (default 1234)")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core, at most 8 (default 0)")
     parser.add_argument("--output", default="data/synthetic", help="folder to write (default data/synthetic)")
@@ -411,6 +413,8 @@ def _check(args) -> None:
     elif args.source == "synthetic":
         import synthetic_conversations
         synthetic_conversations.prepare("hibari" if args.engine == "mix" and not args.kokoro_share else args.engine)
+        if args.texts:
+            synthetic_conversations.readings(args.texts)
     else:
         _recipe(args.source)
 
@@ -419,7 +423,7 @@ def _settings(args) -> dict:
     if args.source != "synthetic":
         return {"source": args.source, "input": args.input}
     from synthetic_conversations import VERSION
-    return {"source": args.source, "engine": args.engine, "kokoro_share": args.kokoro_share, "seed": args.seed, "version": VERSION}
+    return {"source": args.source, "engine": args.engine, "kokoro_share": args.kokoro_share, "seed": args.seed, "version": VERSION} | ({"texts": args.texts} if args.texts else {})
 
 
 def run(args) -> dict:

@@ -101,6 +101,41 @@ def _marks(text: str) -> set[str]:
     return {re.sub(r"[.,?!]", "", " ".join(parts))} | {p for p in parts if p.count(" ") >= 3}
 
 
+@functools.lru_cache(maxsize=2)
+def readings(path: str) -> dict[str, list[str]]:
+    """Sentences to read aloud, per split by their hash: a text file, one a line (plain or .gz), or WordNet's folder (its examples and definitions).
+
+    Left out: what cannot be spoken, what has under 3 or over 28 words, what the held-out dialogues say, and sentences with a held-out
+    word of the lexicon that the dialogues do not use. ValueError for a missing or empty file.
+    """
+    held_out = dialogues()["validation"] + dialogues()["test"]
+    marks = set().union(*(_marks(t["text"]) for d in held_out for t in d["turns"]))
+    common = {w for d in dialogues()["train"] for t in d["turns"] for w in re.findall(r"[a-z']+", t["text"].lower())}
+    found = {split: [] for split in SPLITS}
+    for line in dict.fromkeys(_lines(Path(path))):
+        try:
+            said = text_tokenizer.spoken(line)
+        except ValueError:
+            continue
+        words = re.findall(r"[a-z']+", said.lower())
+        if 3 <= len(words) <= 28 and not _marks(said) & marks and all(w in common or split_of(w) == "train" for w in words):
+            found[split_of(said)].append(said[0].upper() + said[1:] + ("" if said[-1] in ".?!" else "."))
+    if not all(found.values()):
+        raise ValueError(f"{path} has too few sentences to read: give a file with one sentence a line with --texts")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        if path.is_dir():
+            glosses = [line.split("|", 1)[1] for part in sorted(path.glob("data.*")) for line in part.read_text("utf-8").splitlines() if "|" in line]
+            return [text for gloss in glosses for text in (re.sub(r"\([^)]*\)", " ", re.split(r'; "', gloss)[0]), *re.findall(r'"([^"]+)"', gloss))]
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}): give a text file in UTF-8 with --texts") from None
+
+
 @functools.lru_cache(maxsize=1)
 def _gold_lexicon() -> dict:
     import hibari
@@ -215,16 +250,18 @@ class Plan:
 
     Of 25 conversations 23 train, one validates, one tests (all three among the first three). Of three
     conversations of a split one is a dialogue and two are single coverage sentences (about 15 % of the time).
-    When the dialogues are used up they come again with other characters.
+    When the dialogues are used up they come again with other characters. With `texts` (see readings) all conversations are
+    two characters who read sentences to each other, in no fixed order.
     """
     CYCLE = 25
+    LINES = 6                                                              # read in one conversation
 
-    def __init__(self, seed: int = 1234, engine: str = "hibari", kokoro_share: float = 0.06, folder: str = str(DIALOGUES)):
+    def __init__(self, seed: int = 1234, engine: str = "hibari", kokoro_share: float = 0.06, folder: str = str(DIALOGUES), texts: str = ""):
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}: use --engine {'|'.join(ENGINES)}")
         if not 0 <= kokoro_share <= 1:
             raise ValueError(f"kokoro_share {kokoro_share} must be between 0 and 1: change --kokoro_share")
-        self.seed, self.engine, self.folder = seed, engine, folder
+        self.seed, self.engine, self.folder, self.texts = seed, engine, folder, texts
         self.share = {"hibari": 0.0, "kokoro": 1.0}.get(engine, kokoro_share)
 
     def script(self, index: int) -> Script:
@@ -235,6 +272,8 @@ class Plan:
         rng = rng_of(self.seed, split, number)
         engine = self._engine(split, number)
         name = f"{split}-{number:06d}"
+        if self.texts:
+            return self._cast(Script(name, split, "reading", engine, [], self._reading(split, number, rng)), rng)
         third, rest = divmod(number, 3)
         if rest:
             turns = [{"speaker": "a", "mood": rng.choice(MOODS), "text": coverage_text(split, rng)}]
@@ -248,6 +287,18 @@ class Plan:
         count = third if rest == 0 else 2 * third + rest - 1
         shift = rng_of(self.seed, split, rest == 0, "shift").random()
         return "kokoro" if math.floor((count + 1) * self.share + shift) > math.floor(count * self.share + shift) else "hibari"
+
+    def _reading(self, split: str, number: int, rng: random.Random) -> list[dict]:
+        pool = readings(self.texts)[split]
+        places = (divmod(number * self.LINES + k, len(pool)) for k in range(self.LINES))
+        lines = [pool[_order(self.seed, f"texts {split}", round_, len(pool))[place]] for round_, place in places]
+        turns, mood = [], rng.choice(MOODS)
+        while lines:
+            count = rng.choice((1, 1, 2))
+            mood = mood if rng.random() < 0.5 else rng.choice(MOODS)
+            turns.append({"speaker": rng.choice("ab"), "mood": mood, "text": " ".join(lines[:count])})
+            lines = lines[count:]
+        return turns
 
     def _dialogue(self, split: str, number: int) -> dict:
         pool = dialogues(self.folder)[split]

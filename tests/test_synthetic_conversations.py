@@ -176,3 +176,36 @@ def test_render_writes_what_it_reports(tmp_path):
     for name, samples in [(row["audio"], row["num_samples"])] + [(t["custom"]["turn_audio"], t["num_samples"]) for t in row["turns"]]:
         assert abs(sc.audio_io.duration(tmp_path / name) * sc.SAMPLE_RATE - samples) < 1
     assert row["turns"][1]["start"] < row["duration"] and 90 < row["turns"][0]["custom"]["f0_median"] < 350
+
+
+def test_sentences_to_read_keep_to_their_split(tmp_path):
+    """Of a file: what cannot be spoken, is too long, or holds a held-out word is left out; WordNet's folder gives definitions and examples."""
+    held = next(w for w, _ in sc.lexicon("test") if len(w) > 7 and w.isalpha())
+    kept = [f"The number {k} bus is late again today" for k in range(300)]
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join([*kept, f"The {held} is late again today.", "No.", "12 " * 40, "..."]), encoding="utf-8")
+    found = sc.readings(str(path))
+    lines = [line for split in found.values() for line in split]
+    assert sorted(lines) == sorted(sc.text_tokenizer.spoken(line) + "." for line in kept) and all(sc.split_of(line.rstrip(".")) == split for split in found for line in found[split])
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    (folder / "data.verb").write_text("".join(f'000 v | (of a bus) to be late by {k} minutes; "the bus came {k} minutes late"  \n' for k in range(300)), encoding="utf-8")
+    lines = [line for split in sc.readings(str(folder)).values() for line in split]
+    assert "To be late by seven minutes." in lines and "The bus came seven minutes late." in lines and len(lines) == 600
+    for wrong in (tmp_path / "nothing.txt", tmp_path):
+        with pytest.raises(ValueError, match="--texts"):
+            sc.readings(str(wrong))
+
+
+def test_readings_are_conversations_without_a_fixed_order(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"This is the sentence with the number {k}" for k in range(200)), encoding="utf-8")
+    plan = sc.Plan(3, "hibari", 0.0, texts=str(path))
+    scripts = [plan.script(k) for k in range(25)]
+    train = [s for s in scripts if s.split == "train"]
+    speakers = ["".join(t["speaker"] for t in s.turns) for s in train]
+    said = " ".join(t["text"] for s in train for t in s.turns)
+    assert {s.split for s in scripts} == set(sc.SPLITS) and all(s.kind == "reading" for s in scripts)
+    assert any("aa" in s or "bb" in s for s in speakers) and any("ab" in s for s in speakers)
+    assert said.count("This is") == 6 * len(train) and len(set(said.split(". "))) > 5 * len(train)
+    assert sc.Plan(3, "hibari", 0.0, texts=str(path)).script(7) == scripts[7]
