@@ -38,6 +38,12 @@ def read_supervisions(data: str, split: str) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
+def within(turns: list[dict], seconds: float) -> list[dict]:
+    """The first turns that last `seconds` together; 0: all."""
+    before = [0.0, *itertools.accumulate(t["duration"] for t in turns)]
+    return [t for t, start in zip(turns, before) if start <= seconds] if seconds else turns
+
+
 def label_turn(job: tuple) -> tuple:
     """One turn -> (int16 samples (N,), phones (N // GRID + 1,) uint8, f0 Hz (same) float32)."""
     import soundfile
@@ -118,19 +124,19 @@ class Sound:
 class CodecData:
     """All turns of a split in memory: int16 audio, phone and pitch labels every 10 ms. Crops are drawn at random.
 
+    data: a folder of collect_data.py, or several with commas between; limit_hours: at most so much of each.
     recordings: a folder of people's recordings besides; a share `recorded` of the crops comes from them (0: as many as there are among all turns).
     drawn: a file of draw_codes.py; half of the crops of its turns come with these codes, beginning at a frame.
     """
 
     def __init__(self, data: str, split: str, alphabet: str, limit_hours: float = 0.0, workers: int = 0, recordings: str = "", augment: float = 0.0, drawn: str = "",
                  recorded: float = 0.0):
-        turns = read_supervisions(data, split)
-        if limit_hours:
-            before = [0.0, *itertools.accumulate(t["duration"] for t in turns)]
-            turns = [t for t, seconds in zip(turns, before) if seconds <= limit_hours * 3600]
-        jobs = [(str(Path(data) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in turns]
-        workers = workers or runtime.cpu_count()
-        self.sound = cached_labels(Path(data) / "codec_labels", label_turn, jobs, workers, split)
+        turns, workers, self.sound = [], workers or runtime.cpu_count(), None
+        for folder in (part.strip() for part in str(data).split(",")):
+            some = within(read_supervisions(folder, split), limit_hours * 3600)
+            jobs = [(str(Path(folder) / t["custom"]["turn_audio"]), t["custom"]["alignment"], alphabet) for t in some]
+            sound = cached_labels(Path(folder) / "codec_labels", label_turn, jobs, workers, split)
+            self.sound, turns = sound if self.sound is None else self.sound + sound, turns + some
         self.spoken, self.recorded = len(turns), 0.0
         if recordings:
             self.sound += cached_labels(Path(recordings) / ".codec_labels", label_recording, recording_files(recordings), workers, "recordings")

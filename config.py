@@ -196,7 +196,7 @@ OFF = {"cross": CrossAttentionConfig(enabled=False), "memory": MemoryConfig(enab
 MODEL_PRESETS = {
     # laptop CPU; the shipped weights. Of the codec's codebooks the first 3 semantic and the first 9 acoustic ones: the
     # other semantic ones say little that text and context foretell (LOG.md).
-    "nano": lambda: ModelConfig("nano", TransformerConfig(6, 256, 704, 4, 4), _depth(2, 192, 640, 3, 3), num_codebooks=12, num_semantic=3, depth_fraction=0.25, depth_decay=0.5,
+    "nano": lambda: ModelConfig("nano", TransformerConfig(7, 320, 768, 5, 5), _depth(2, 256, 640, 4, 4), num_codebooks=12, num_semantic=3, depth_fraction=0.25, depth_decay=0.5,
                                 cross=CrossAttentionConfig(every=2), memory=MemoryConfig(window_turns=4)),
     # seconds on a CPU, for tests
     "test": lambda: ModelConfig("test", TransformerConfig(3, 64, 128, 4, 2, max_positions=512), _depth(2, 32, 64, 2, 1), num_codebooks=8, num_semantic=4,
@@ -386,7 +386,7 @@ class TrainConfig:
     log_every: int = 10
     minutes: float = 0.0              # the run lasts this long (schedule included), whatever max_steps says; 0: max_steps counts
     seed: int = 1234
-    num_workers: int = 0              # batches prepared ahead by a thread
+    num_workers: int = 0              # processes that prepare batches ahead (same batches; a process makes millions of positions per second); 0: the main one does
     device: str = "auto"
     wandb: str = "offline"            # online | offline | disabled
 
@@ -405,7 +405,7 @@ class TrainConfig:
 @dataclass
 class CodecTrainConfig:
     """One training run of the codec (train_codec.py)."""
-    data: str = "data/synthetic"
+    data: str = "data/synthetic"      # folder of collect_data.py; several with commas between
     recordings: str = ""              # a folder of people's recordings besides (WAV, FLAC, .g722 ...); no transcripts needed
     recorded: float = 0.0             # share of crops that come from them; 0: as they stand among all turns
     output: str = "checkpoints/codec"

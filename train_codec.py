@@ -525,8 +525,9 @@ def held_out(run: Run):
     """CodecData of the validation split; the training data where there is none, which the log then says."""
     from codec_data import CodecData
     if run.listener is None:
-        path = Path(run.cfg.data) / "manifests" / "validation"
-        run.listener = CodecData(run.cfg.data, "validation", run.codec.cfg.phones, HELD_OUT_SECONDS / 3600).to(run.device) if path.exists() else run.data
+        folder = run.cfg.data.split(",")[0]
+        there = (Path(folder) / "manifests" / "validation").exists()
+        run.listener = CodecData(folder, "validation", run.codec.cfg.phones, HELD_OUT_SECONDS / 3600).to(run.device) if there else run.data
     return run.listener
 
 
