@@ -10,15 +10,20 @@ B batch, S positions, K codebooks of the model, T frames of a turn, P length of 
 """
 from __future__ import annotations
 
+import atexit
+import functools
 import gzip
 import hashlib
 import json
-import queue
+import os
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Iterator, NamedTuple
 
 from config import PHONES, ModelConfig, Parser, codec_columns
 from runtime import Ranks, atomic_write, plain_errors, write_json
@@ -45,6 +50,7 @@ import torch                     # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save as tensor_bytes  # noqa: E402
 from torch import Tensor         # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm            # noqa: E402
 
 from architecture import FrameBatch  # noqa: E402
@@ -231,6 +237,13 @@ class Turn:
         """Positions of this turn in the stream, at most: prefix of 3, text, EOT, (TRANSCRIPT), frames, EOS."""
         return len(self.ids) + self.codes.size(1) + 6
 
+    def __getstate__(self) -> dict:
+        """By value: pickled as tensors for a spawned worker, every turn would take its whole shard or a file descriptor along."""
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update((k, torch.from_numpy(v) if isinstance(v, np.ndarray) else v) for k, v in state.items())
+
 
 def data_folders(data) -> list[str]:
     """"data/a,data/b" -> the folders that train together."""
@@ -333,89 +346,121 @@ class Window:
     def positions(self) -> int:
         return sum(t.positions() for t in self.turns)
 
-    def cost(self) -> int:
-        """Positions that go through the backbone, the history's included."""
-        return self.positions() + sum(t.positions() for t in self.history)
+    def earlier(self) -> int:
+        return sum(t.positions() for t in self.history)
 
 
-def _text_rows(ids: list[int], columns: int) -> tuple[Tensor, Tensor]:
-    frames = torch.zeros(len(ids), columns, dtype=torch.long)
-    frames[:, -1] = torch.tensor(ids)
-    mask = torch.zeros(len(ids), columns, dtype=torch.bool)
-    mask[:, -1] = True
-    return frames, mask
+class Piece(NamedTuple):
+    """A turn with the texts around its voice."""
+    turn: Turn
+    before: list[int]        # prefix; spoken: then the text and EOT
+    after: list[int]         # heard: TRANSCRIPT, the text, EOT
+    prefix: int
+    heard: bool
+
+    def length(self) -> int:
+        return len(self.before) + self.turn.codes.size(1) + 1 + len(self.after)
 
 
-def _audio_rows(codes: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """codes (K, T) -> rows (T + 1, K + 1): the frames, then EOS (all K columns 0)."""
-    frames = torch.zeros(codes.size(1) + 1, cfg.num_codebooks + 1, dtype=torch.long)
-    frames[:-1, :-1] = codes.long().T + cfg.code_offset
-    mask = torch.ones_like(frames, dtype=torch.bool)
-    mask[:, -1] = False
-    return frames, mask
+def _piece(turn: Turn, tokenizer, speaker: int, mood: str | None = None, listening: bool = False) -> Piece:
+    if listening:
+        prefix = tokenizer.listen_prefix(speaker)
+        return Piece(turn, prefix, [tokenizer.transcript, *turn.ids, tokenizer.eot], len(prefix), True)
+    prefix = tokenizer.speak_prefix(speaker, mood)
+    return Piece(turn, [*prefix, *turn.ids, tokenizer.eot], [], len(prefix), False)
 
 
-def turn_rows(turn: Turn, cfg: ModelConfig, tokenizer, speaker: int, mood: str | None = None, listening: bool = False) -> dict[str, Tensor]:
-    """One turn as rows of the stream: the fields of FrameBatch without the batch dimension (and without `turn`)."""
-    voice, voice_mask = _audio_rows(turn.codes, cfg)
-    prefix = tokenizer.listen_prefix(speaker) if listening else tokenizer.speak_prefix(speaker, mood)
-    before = prefix if listening else prefix + turn.ids + [tokenizer.eot]
-    after = [tokenizer.transcript] + turn.ids + [tokenizer.eot] if listening else []
-    first, first_mask = _text_rows(before, cfg.num_codebooks + 1)
-    last, last_mask = _text_rows(after, cfg.num_codebooks + 1)
-    n, v, m = len(before), len(voice), len(after)
-    text_index = torch.full((n + v + m,), -1)
-    text_index[:n], text_index[n + v:] = torch.arange(n), torch.arange(m)
-    text_loss = torch.zeros(n + v + m, dtype=torch.bool)         # bytes and EOT
-    text_loss[(n + v + 1) if listening else len(prefix):(n + v + m) if listening else n] = True
-    audio_loss = torch.zeros(n + v + m, dtype=torch.bool)        # what was heard is not ours to say
-    audio_loss[n:n + v] = not listening
-    reading = torch.full((n + v + m,), -1)
-    if turn.consumed is not None and not listening:
-        reading[n - 1:n + 1] = len(prefix)                       # at EOT and at frame 0 nothing is spoken yet
-        reading[n + 1:n + v] = len(prefix) + turn.consumed
-    return {"frames": torch.cat((first, voice, last)), "mask": torch.cat((first_mask, voice_mask, last_mask)),
-            "text_index": text_index, "reading": reading, "audio_loss": audio_loss, "text_loss": text_loss}
+def _write(row: dict[str, np.ndarray], at: int, number: int, piece: Piece, code_offset: int) -> int:
+    """Fill positions from `at` on of one row: text, frames and EOS (all columns 0), text; returns where they end."""
+    turn, before, after, prefix, heard = piece
+    voice, last = at + len(before), at + len(before) + turn.codes.size(1) + 1
+    end = last + len(after)
+    row["turn"][at:end] = number
+    row["frames"][at:voice, -1] = before
+    row["frames"][voice:last - 1, :-1] = turn.codes.numpy().T + code_offset
+    row["text_index"][at:voice] = np.arange(len(before))
+    if heard:                                                    # what was heard is not ours to say
+        row["frames"][last:end, -1] = after
+        row["text_index"][last:end] = np.arange(len(after))
+        row["text_loss"][last + 1:end] = True                    # bytes and EOT
+        return end
+    row["text_loss"][at + prefix:voice] = True
+    row["audio_loss"][voice:last] = True
+    if turn.consumed is not None:
+        row["reading"][voice - 1:voice + 1] = prefix             # at EOT and at frame 0 nothing is spoken yet
+        row["reading"][voice + 1:last] = turn.consumed.numpy() + prefix
+    return end
 
 
-_PADDING = {"frames": 0, "mask": False, "turn": -1, "text_index": -1, "reading": -1, "audio_loss": False, "text_loss": False}
+def _integers(cfg: ModelConfig) -> type:
+    """The narrowest type for every token and place of this model."""
+    return np.int16 if max(cfg.audio_vocab, cfg.text_vocab, cfg.backbone.max_positions) < 2 ** 15 else np.int32
 
 
-def _stack(rows: list[list[dict[str, Tensor]]], first_turns: list[int], columns: int) -> FrameBatch:
-    """Turns of each row, one after the other -> padded FrameBatch (B, S, ...). first_turns: number of each row's first turn."""
-    joined = []
-    for turns, first in zip(rows, first_turns):
-        row = {k: torch.cat([t[k] for t in turns]) for k in turns[0]} if turns else {}
-        numbers = [torch.full((len(t["reading"]),), first + i) for i, t in enumerate(turns)]
-        joined.append(row | {"turn": torch.cat(numbers) if turns else torch.empty(0, dtype=torch.long)})
-    b, s = len(rows), max(1, max(len(r["turn"]) for r in joined))
-    out = {}
-    for key, fill in _PADDING.items():
-        shape = (b, s, columns) if key in ("frames", "mask") else (b, s)
-        out[key] = torch.full(shape, fill)
-        for i, row in enumerate(joined):
-            if key in row:
-                out[key][i, :len(row[key])] = row[key]
-    return FrameBatch(**out)
+def _stack(rows: list[list[Piece]], first_turns: list[int], cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Turns of each row, one after the other -> padded fields of a FrameBatch (B, S, ...) without its mask. first_turns: number of each row's first turn."""
+    shape, kind = (len(rows), max(1, max(sum(p.length() for p in row) for row in rows))), _integers(cfg)
+    out = {"frames": np.zeros((*shape, cfg.num_codebooks + 1), kind)}
+    out |= {key: np.full(shape, -1, kind) for key in ("turn", "text_index", "reading")}
+    out |= {key: np.zeros(shape, bool) for key in ("audio_loss", "text_loss")}
+    for b, (pieces, first) in enumerate(zip(rows, first_turns)):
+        row, at = {key: values[b] for key, values in out.items()}, 0
+        for number, piece in enumerate(pieces, first):
+            at = _write(row, at, number, piece, cfg.code_offset)
+    return out
+
+
+Arrays = tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]
+
+
+def collate_arrays(windows: list[Window], cfg: ModelConfig, tokenizer) -> Arrays:
+    """Windows -> (batch, history or None when no window has one), as small as they can be handed to another process."""
+    rows = [[_piece(t, tokenizer, w.speakers.get(t.speaker, t.speaker), t.mood if mood else None, heard)
+             for t, mood, heard in zip(w.turns, w.moods, w.listening)] for w in windows]
+    batch = _stack(rows, [len(w.history) for w in windows], cfg)                        # turn numbers go on from the history's
+    phones = [_spoken_phones(w) for w in windows]
+    if longest := max(len(p) for p in phones):
+        batch["phones"] = np.zeros((len(phones), longest), np.uint8)
+        for row, p in zip(batch["phones"], phones):
+            row[:len(p)] = p
+    if not any(w.history for w in windows):
+        return batch, None
+    earlier = [[_piece(t, tokenizer, w.speakers.get(t.speaker, t.speaker)) for t in w.history] for w in windows]
+    return batch, _stack(earlier, [0] * len(windows), cfg)
+
+
+def _spoken_phones(window: Window) -> np.ndarray:
+    """(P,) uint8: phones of the turns in speaking order, one after the other; none when those of one turn are unknown."""
+    spoken = [t.phones.numpy() for t, heard in zip(window.turns, window.listening) if not heard]
+    return np.concatenate(spoken) if spoken and all(len(p) for p in spoken) else np.zeros(0, np.uint8)
+
+
+def narrow_batch(arrays: dict[str, np.ndarray] | None) -> FrameBatch | None:
+    """Arrays of collate_arrays -> FrameBatch on the same memory and in the same types: few bytes to move to a device, `widen` it there."""
+    if arrays is None:
+        return None
+    tensors = {key: torch.from_numpy(values) for key, values in arrays.items()}
+    text, mask = tensors["text_index"] >= 0, torch.empty(tensors["frames"].shape, dtype=torch.bool)
+    mask[..., :-1] = ((tensors["turn"] >= 0) & ~text)[..., None]
+    mask[..., -1] = text
+    return FrameBatch(mask=mask, **tensors)
+
+
+def widen(batch: FrameBatch) -> FrameBatch:
+    """Integers as long, as the model wants them (a batch that is so already stays as it is)."""
+    return replace(batch, **{k: v.long() for k, v in vars(batch).items() if v is not None and v.dtype != torch.bool})
 
 
 def collate(windows: list[Window], cfg: ModelConfig, tokenizer) -> tuple[FrameBatch, FrameBatch | None]:
     """Windows -> (batch (B, S, K+1), history (B, S', K+1) or None when no window has one)."""
-    rows = [[turn_rows(t, cfg, tokenizer, w.speakers.get(t.speaker, t.speaker), t.mood if w.moods[i] else None, w.listening[i])
-             for i, t in enumerate(w.turns)] for w in windows]
-    batch = _stack(rows, [len(w.history) for w in windows], cfg.num_codebooks + 1)      # turn numbers go on from the history's
-    phones = [_spoken_phones(w) for w in windows]
-    batch.phones = torch.nn.utils.rnn.pad_sequence(phones, batch_first=True) if any(len(p) for p in phones) else None
-    if not any(w.history for w in windows):
-        return batch, None
-    earlier = [[turn_rows(t, cfg, tokenizer, w.speakers.get(t.speaker, t.speaker)) for t in w.history] for w in windows]
-    return batch, _stack(earlier, [0] * len(windows), cfg.num_codebooks + 1)
+    batch, history = map(narrow_batch, collate_arrays(windows, cfg, tokenizer))
+    return widen(batch), history and widen(history)
 
 
-def _spoken_phones(window: Window) -> Tensor:
-    """(P,) long: phones of the turns in speaking order, one after the other; none when those of one turn are unknown."""
-    spoken = [t.phones.long() for t, heard in zip(window.turns, window.listening) if not heard]
-    return torch.cat(spoken) if spoken and all(len(p) for p in spoken) else torch.empty(0, dtype=torch.long)
+def turn_rows(turn: Turn, cfg: ModelConfig, tokenizer, speaker: int, mood: str | None = None, listening: bool = False) -> dict[str, Tensor]:
+    """One turn as rows of the stream: the fields of FrameBatch without the batch dimension."""
+    batch = widen(narrow_batch(_stack([[_piece(turn, tokenizer, speaker, mood, listening)]], [0], cfg)))
+    return {key: values[0] for key, values in vars(batch).items() if values is not None}
 
 
 # ----------------------------------------------------------------------------- windows to batches
@@ -431,12 +476,12 @@ class ConversationDataset:
     """Endless packed batches of conversation windows, in an order that depends on the seed alone.
 
     iterate: `batch, history, state = dataset.next_batch(stage)`; state makes load_state_dict go on with the batch after it.
+    num_workers > 0: so many processes make the same batches ahead, until close().
     """
-    POOL = 512                       # windows sorted by length together
 
     def __init__(self, data, cfg: ModelConfig, split: str = "train", batch_positions: int = 4096, seed: int = 0, ranks: Ranks = Ranks(),
                  codec_fingerprint: str | None = None, p_listen: float = 0.15, p_mood: float = 0.5, p_history: float = 0.25,
-                 p_skip: float = 0.25, shuffle_speakers: bool = True):
+                 p_skip: float = 0.25, shuffle_speakers: bool = True, num_workers: int = 0):
         """data: folder with tokens/, or several with commas between. p_listen, p_mood, p_history: share of turns in listening order, of turns with their mood tag
         and of windows with a history (only where the model has a memory). p_skip: share of context turns left out, so that the one before a turn may be
         of the same speaker: only the tag tells who speaks (where speakers always alternate a model goes by that, LOG.md)."""
@@ -447,6 +492,7 @@ class ConversationDataset:
         self.conversations = read_turns(data, split, self.tokenizer, codec_fingerprint)
         self._choose_codebooks(read_index(data))
         self.limit = min(cfg.backbone.max_positions, batch_positions)
+        self.pool_size = max(512, batch_positions // 3)              # windows sorted by length together: a hundred batches, or padding eats them
         everything = [(c, t) for c, turns in enumerate(self.conversations) for t in range(len(turns))]
         self.targets = [(c, t) for c, t in everything if self.conversations[c][t].positions() <= self.limit]
         self.skipped = len(everything) - len(self.targets)
@@ -454,8 +500,10 @@ class ConversationDataset:
             raise ValueError(f"the {split} split of {data} has no usable turn ({len(everything)} in all, {self.skipped} longer than {self.limit} positions): "
                              "collect more data, or raise --batch_positions")
         self._check_codes()
-        self.pool_number, self.place, self.pool_stage, self._pool = 0, 0, Stage(), None
+        self.pool_number, self.place, self.pool_stage = 0, 0, Stage()
         self.used = self.padded = 0
+        self._made, self._usable = (), {}                            # the last pool; targets by the longest that a stage allows
+        self._workers = Workers(self, num_workers) if num_workers else None
 
     def _choose_codebooks(self, index: dict) -> None:
         """Keep the codebooks that the model reads (config.codec_columns)."""
@@ -511,14 +559,18 @@ class ConversationDataset:
 
     # ---- pools of windows, packed
 
+    def _targets(self, stage: Stage) -> list[tuple[int, int]]:
+        """Targets that are short enough; all where none is."""
+        if stage.max_seconds not in self._usable:
+            most = stage.max_seconds * self.cfg.frame_rate
+            self._usable[stage.max_seconds] = [(c, t) for c, t in self.targets if self.conversations[c][t].codes.size(1) <= most] or self.targets
+        return self._usable[stage.max_seconds]
+
     def _make_pool(self, number: int, stage: Stage) -> list[list[Window]]:
         """The batches of one pool: windows of like length together, batches in random order."""
-        targets = [(c, t) for c, t in self.targets if self.conversations[c][t].codes.size(1) <= stage.max_seconds * self.cfg.frame_rate] or self.targets
-        windows, order, epoch = [], [], -1
-        for n in range(number * self.POOL, (number + 1) * self.POOL):
-            if n // len(targets) != epoch:
-                epoch = n // len(targets)
-                order = torch.randperm(len(targets), generator=_generator(self.seed, 0, epoch)).tolist()
+        targets, windows = self._targets(stage), []
+        for n in range(number * self.pool_size, (number + 1) * self.pool_size):
+            order = _epoch_order(self.seed, n // len(targets), len(targets))
             windows.append(self._window(targets[order[n % len(targets)]], stage, _generator(self.seed, 1, n)))
         batches = pack([w for w in windows if w.history], self.batch_positions)       # a history in one row costs all rows
         batches += pack([w for w in windows if not w.history], self.batch_positions)
@@ -526,28 +578,62 @@ class ConversationDataset:
         missing = -len(batches) % self.ranks.world_size              # every rank gets as many
         return batches + [batches[i % len(batches)] for i in range(missing)]
 
-    def next_batch(self, stage: Stage | None = None) -> tuple[FrameBatch, FrameBatch | None, dict]:
-        """One micro-batch of this rank, from a pool of the given stage: a new stage begins a new pool."""
+    def _own_batches(self, number: int, stage: Stage) -> list[list[Window]]:
+        """This rank's batches of a pool, kept until another pool is asked for."""
+        if self._made[:2] != (number, stage):
+            self._made = number, stage, self._make_pool(number, stage)[self.ranks.rank::self.ranks.world_size]
+        return self._made[2]
+
+    def __getitem__(self, request: tuple[int, Stage]) -> tuple[tuple[int, Stage], Part | ValueError]:
+        """Part n of all pools' parts, made in a worker. A plain error is handed over: raised here it would come out with a traceback in its message."""
+        pool, part = divmod(request[0], PARTS)
+        try:
+            batches = self._own_batches(pool, request[1])
+            first, end = (len(batches) * p // PARTS for p in (part, part + 1))
+            return request, Part(len(batches), first, [collate_arrays(w, self.cfg, self.tokenizer) for w in batches[first:end]])
+        except ValueError as error:
+            return request, error
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_workers": None, "_made": ()}          # for a worker
+
+    def _fetch(self) -> tuple[int, Arrays | None]:
+        """How many batches this rank has in the present pool, and the one in turn (None: they are fewer)."""
+        if self._workers:
+            return self._workers.get(self.pool_number, self.pool_stage, self.place)
+        batches = self._own_batches(self.pool_number, self.pool_stage)
+        return len(batches), collate_arrays(batches[self.place], self.cfg, self.tokenizer) if self.place < len(batches) else None
+
+    def draw(self, stage: Stage | None = None) -> tuple[FrameBatch, FrameBatch | None, dict]:
+        """One micro-batch of this rank in narrow types, from a pool of the given stage: a new stage begins a new pool."""
         if self.place and stage is not None and stage != self.pool_stage:
             self._next_pool()
         if self.place == 0:
             self.pool_stage = stage or self.pool_stage
-        if self._pool is None:
-            self._pool = self._make_pool(self.pool_number, self.pool_stage)
-            if self.place * self.ranks.world_size >= len(self._pool):        # another number of ranks padded it otherwise
-                self._next_pool()
-                self._pool = self._make_pool(self.pool_number, self.pool_stage)
-        windows = self._pool[self.place * self.ranks.world_size + self.ranks.rank]
-        self.place += 1
-        if self.place * self.ranks.world_size >= len(self._pool):
+        count, arrays = self._fetch()
+        if arrays is None:                                           # another number of ranks padded it otherwise
             self._next_pool()
-        batch, history = collate(windows, self.cfg, self.tokenizer)
+            count, arrays = self._fetch()
+        self.place += 1
+        if self.place >= count:
+            self._next_pool()
+        batch, history = map(narrow_batch, arrays)
         self.used += int((batch.turn >= 0).sum())
         self.padded += batch.turn.numel()
         return batch, history, self.state_dict()
 
+    def next_batch(self, stage: Stage | None = None) -> tuple[FrameBatch, FrameBatch | None, dict]:
+        """`draw`, ready for the model."""
+        batch, history, state = self.draw(stage)
+        return widen(batch), history and widen(history), state
+
     def _next_pool(self) -> None:
-        self.pool_number, self.place, self._pool = self.pool_number + 1, 0, None
+        self.pool_number, self.place = self.pool_number + 1, 0
+
+    def close(self) -> None:
+        """End the workers; a batch asked for later starts them again."""
+        if self._workers:
+            self._workers.close()
 
     def fixed_batches(self, count: int, max_context: int) -> list[FrameBatch]:
         """The same `count` batches each time, for validation: turns spread over the split, no randomness in the windows."""
@@ -570,19 +656,36 @@ class ConversationDataset:
         return {"pool": self.pool_number, "place": self.place, "ranks": self.ranks.world_size, "max_context": self.pool_stage.max_context, "max_seconds": self.pool_stage.max_seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.pool_number, self._pool = state["pool"], None
+        self.pool_number = state["pool"]
         self.place = state["place"] * state.get("ranks", self.ranks.world_size) // self.ranks.world_size      # the same place for more or fewer ranks
         self.pool_stage = Stage(state["max_context"], state["max_seconds"])
 
 
 def pack(windows: list[Window], batch_positions: int) -> list[list[Window]]:
-    """Group windows sorted by length so that rows x longest row (history included) <= batch_positions."""
+    """Group windows of like length so that rows x (longest window + longest history) <= batch_positions."""
     batches: list[list[Window]] = []
-    for window in sorted(windows, key=lambda w: w.cost(), reverse=True):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].cost() > batch_positions:
+    longest = earlier = 0                                            # of the last batch
+    for own, past, window in _by_length([(w.positions(), w.earlier(), w) for w in windows], batch_positions):
+        longest, earlier = max(longest, own), max(earlier, past)
+        if not batches or (len(batches[-1]) + 1) * (longest + earlier) > batch_positions:
             batches.append([])
+            longest, earlier = own, past
         batches[-1].append(window)
     return batches
+
+
+def _by_length(sized: list[tuple[int, int, Window]], batch_positions: int) -> list[tuple[int, int, Window]]:
+    """(length of the window, of its history, window), longest first. The two are padded apart: with histories, strips of like history,
+    each sorted by the windows, longest and shortest first in turn."""
+    total = sum(own + past for own, past, _ in sized)
+    # as many strips as batches in a strip would pad both alike; windows have the losses besides, so fewer strips
+    count = max(1, round(0.7 * (total / batch_positions) ** 0.5)) if any(past for _, past, _ in sized) else 1
+    strips: list[list[tuple[int, int, Window]]] = [[] for _ in range(count)]
+    done = 0
+    for own, past, window in sorted(sized, key=lambda s: s[1], reverse=True):
+        strips[done * count // total].append((own, past, window))
+        done += own + past
+    return [s for i, strip in enumerate(strips) for s in sorted(strip, key=lambda s: s[0], reverse=i % 2 == 0)]
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -591,41 +694,91 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """A permutation of `count` targets; two are kept, since a pool may begin in one epoch and end in the next."""
+    return torch.randperm(count, generator=_generator(seed, 0, epoch)).tolist()
+
+
 def _randint(g: torch.Generator, n: int) -> int:
     return int(torch.randint(n, (1,), generator=g))
 
 
-class Prefetch:
-    """Calls `make()` in one background thread, `depth` results ahead; get() returns them in order."""
+# ----------------------------------------------------------------------------- worker processes
 
-    def __init__(self, make, depth: int):
-        self._queue: queue.Queue = queue.Queue(max(1, depth))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
-        self._thread.start()
+PARTS = 8        # a worker hands a pool over in so many parts: a whole one is hundreds of megabytes where batches are large
 
-    def _work(self, make) -> None:
-        while not self._stop.is_set():
-            try:
-                item = make()
-            except Exception as error:      # handed to the caller of get()
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
 
-    def get(self):
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+class Part(NamedTuple):
+    """Batches first, first + 1, ... of the `count` that a rank has in a pool."""
+    count: int
+    first: int
+    batches: list[Arrays]
+
+
+class Workers:
+    """Parts of pools from processes that work ahead (torch's DataLoader), in order.
+
+    What is asked for ahead is the rest of the present pool and those after it. Where another pool or stage is wanted,
+    requests go on from there and what is still to come of the earlier ones is thrown away: batches are those of no workers.
+    """
+
+    def __init__(self, data: ConversationDataset, count: int):
+        self._data, self._count, self._parts = data, count, None
+        self.close()
+
+    def get(self, pool: int, stage: Stage, place: int) -> tuple[int, Arrays | None]:
+        """How many batches the pool has, and the one at `place` (None: there are fewer). ValueError as the worker raised it."""
+        def of_this_pool(request: tuple[int, Stage]) -> bool:
+            return (request[0] // PARTS, request[1]) == (pool, stage)
+        while True:
+            if self._held and of_this_pool(self._held[0]):
+                count, first, batches = self._held[1]
+                if place >= count or first <= place < first + len(batches):
+                    return count, None if place >= count else batches[place - first]
+            if not any(map(of_this_pool, self._asked)):
+                self._next = pool * PARTS, stage
+            if self._parts is None:
+                self._start()
+            request, part = next(self._parts)
+            self._asked.remove(request)
+            if isinstance(part, ValueError):
+                raise part
+            self._held = request, part
+
+    def _start(self) -> None:
+        # a tuple stays what it is with collate_fn=tuple: the default makes tensors, each with a file descriptor and shared memory;
+        # without a generator the DataLoader draws from the one that dropout draws from
+        self._parts = iter(DataLoader(self._data, sampler=self._requests(), batch_size=None, num_workers=self._count, collate_fn=tuple,
+                                      worker_init_fn=_obey_the_main_process, generator=torch.Generator()))
+        atexit.register(self.close)
+
+    def _requests(self) -> Iterator[tuple[int, Stage]]:
+        """Endless; the DataLoader takes one more for each part it hands out."""
+        while True:
+            request, self._next = self._next, (self._next[0] + 1, self._next[1])
+            self._asked.append(request)
+            yield request
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+        if self._parts is not None:
+            self._parts._shutdown_workers()                          # torch has no other way to say when
+            atexit.unregister(self.close)
+        self._parts, self._held, self._asked = None, None, []
+
+
+def _obey_the_main_process(worker: int) -> None:
+    """Ctrl-C and often SIGTERM reach every process of a run: the main one finishes its step and saves, so workers wait for its word.
+    Killed it says none, and DataLoader does not see that while a part waits in a pipe: then they leave."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_without, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @plain_errors

@@ -49,7 +49,7 @@ import parallel                  # noqa: E402
 import runtime                   # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
 from checkpoint import carry_over, check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
-from dataset_pipeline import ConversationDataset, Prefetch, Stage, data_folders, phone_ids, read_index  # noqa: E402
+from dataset_pipeline import ConversationDataset, Stage, data_folders, phone_ids, read_index, widen  # noqa: E402
 
 
 # ----------------------------------------------------------------------------- settings
@@ -356,7 +356,7 @@ class Trainer:
         self.lr_scale = 1.0 if self.curriculum or cfg.from_scratch else cfg.init_lr_scale
         self.weights = self.model.cfg.loss_weights
         options = {"codec_fingerprint": self.codec_fingerprint, "batch_positions": cfg.batch_positions}
-        self.data = ConversationDataset(cfg.data, self.model.cfg, "train", seed=cfg.seed, ranks=ranks, **options)
+        self.data = ConversationDataset(cfg.data, self.model.cfg, "train", seed=cfg.seed, ranks=ranks, num_workers=cfg.num_workers, **options)
         held_out = ConversationDataset(cfg.data, self.model.cfg, "validation", seed=0, **options)
         self.validation_batches = held_out.fixed_batches(cfg.eval_batches, cfg.max_context_turns)
         self.lexicon = load_lexicon(0 if cfg.lora else cfg.lexicon_words, self.model.cfg, self.data.tokenizer)
@@ -444,7 +444,7 @@ class Trainer:
     # ---- one step
 
     def _draw(self) -> list[tuple]:
-        """This step's micro-batches: (batch, history, lexicon words, generator of the depth decoder's frames), on the device."""
+        """This step's micro-batches: (batch, history, lexicon words, generator of the depth decoder's frames), in main memory."""
         drawn = []
         for number in range(self.cfg.accumulate):
             batch, history, self.loader_state = self.next_batch()
@@ -452,28 +452,32 @@ class Trainer:
             words = self.lexicon and self.lexicon.draw(self.cfg.lexicon_words, torch.Generator().manual_seed(seed))
             if self.plan.sharded and history is None and self.data.p_history > 0:
                 history = unheard(batch)
-            drawn.append((batch.to(self.device), history and history.to(self.device),
-                          words and tuple(w.to(self.device) for w in words), torch.Generator().manual_seed(seed)))
+            drawn.append((batch, history, words, torch.Generator().manual_seed(seed)))
         return drawn
 
+    def _moved(self, batch: FrameBatch | None) -> FrameBatch | None:
+        """On the device, narrow on the way."""
+        return batch and widen(batch.to(self.device))
+
     def _counts(self, drawn: list[tuple]) -> dict[str, float]:
-        """Valid targets per term over the micro-batches and all ranks."""
+        """Valid targets per term over the micro-batches and all ranks: counted before they move, a GPU would be waited for at every number."""
         each = [target_counts(self.model, batch, words) for batch, _, words, _ in drawn]
         names = list(each[0])
-        total = self.ranks.sum(torch.tensor([sum(c[n] for c in each) for n in names], dtype=torch.float64, device=self.device))
+        total = self.ranks.sum(torch.tensor([sum(c[n] for c in each) for n in names], dtype=torch.float64))
         return dict(zip(names, total.tolist()))
 
     def gradients(self) -> dict[str, float]:
         """Forward and backward of one step; returns the mean of each loss term over its valid targets, and "loss"."""
         drawn = self._draw()
         counts, sums = self._counts(drawn), 0.0
-        for number, (batch, history, words, generator) in enumerate(drawn, start=1):
-            self.last_batch = batch, history, words
+        self.positions = sum(int((batch.turn >= 0).sum()) for batch, *_ in drawn)
+        for number, (*rows, words, generator) in enumerate(drawn, start=1):
+            self.last_batch = batch, history, words = *map(self._moved, rows), words and tuple(w.to(self.device) for w in words)
             with parallel.without_sync(self.objective, number < len(drawn)):
                 with runtime.autocast(self.device, self.cfg.precision):
                     loss, part = self.objective(batch, history, words, generator, counts)
-                self._require_finite(loss, "loss")
                 loss.backward()
+                self._require_finite(loss.detach(), "loss")  # after it, since this waits for the device
             sums = sums + part
         total = self.ranks.sum(sums).tolist()
         means = {n: value / max(1.0, counts[n]) for n, value in zip(counts, total)}
@@ -481,7 +485,7 @@ class Trainer:
 
     def update(self) -> tuple[float, float]:
         """Clip, check, step; returns the gradient norm and the factor of the schedule."""
-        norm = parallel.full(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf))
+        norm = float(parallel.full(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)))
         self._require_finite(norm, "gradient norm")
         factor = self.lr_scale * runtime.cosine_lr(self.step, self.cfg.max_steps, self.cfg.warmup_steps, self.cfg.min_lr_ratio, self.progress)
         for optimiser in self.optimisers:
@@ -490,11 +494,11 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.average.update()
-        return float(norm), factor
+        return norm, factor
 
-    def _require_finite(self, value: Tensor, what: str) -> None:
+    def _require_finite(self, value: Tensor | float, what: str) -> None:
         """ValueError before the step where `value` is not finite; the (last) micro-batch lies in the output folder for inspection."""
-        if bool(torch.isfinite(value)):
+        if math.isfinite(value):
             return
         path = Path(self.cfg.output) / f"nonfinite-{self.ranks.rank}.pt"
         batch, history, words = self.last_batch
@@ -619,8 +623,7 @@ class Trainer:
         """Validate, sample, save, stop, step, log; once more at the end, so that the end needs no code of its own."""
         cfg, main = self.cfg, self.ranks.main
         self.metrics = runtime.MetricsLog(cfg.output, to_dict(cfg) | runtime.run_manifest(), cfg.wandb, self.step) if main else None
-        ahead = Prefetch(lambda: self.data.next_batch(self.stage()), cfg.num_workers) if cfg.num_workers else None
-        self.next_batch = ahead.get if ahead else lambda: self.data.next_batch(self.stage())
+        self.next_batch = lambda: self.data.draw(self.stage())
         self.bar = tqdm(total=cfg.max_steps if not cfg.minutes else None, initial=self.step, unit="step", desc="training", disable=not main)
         self.clock = time.monotonic()
         try:
@@ -637,8 +640,7 @@ class Trainer:
                     break
                 self._step_and_log()
         finally:
-            if ahead:
-                ahead.close()
+            self.data.close()
             self.bar.close()
             if main:
                 self.metrics.close()
@@ -659,7 +661,6 @@ class Trainer:
         start = time.monotonic()
         means = self.gradients()
         norm, factor = self.update()
-        positions = int((self.last_batch[0].turn >= 0).sum())
         self.step += 1
         now = time.monotonic()
         seconds, before, self.clock = now - start, self.clock, now
@@ -673,11 +674,11 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {means['loss']:.3f} c0 {means['c0']:.3f}", refresh=False)
         if (self.step - 1) % self.cfg.log_every == 0 or self.progress >= 1:
             self.metrics.log(self.step - 1, kind="train", **means, grad_norm=norm, lr_factor=factor, seconds=seconds, minutes=self.minutes,
-                             positions_per_second=positions * self.cfg.accumulate * self.ranks.world_size / seconds, padding=self.data.waste)
+                             positions_per_second=self.positions * self.ranks.world_size / seconds, padding=self.data.waste)
 
     def _agree_on_time(self, seconds: float) -> None:
         """Minutes and the wish to stop, the same on every rank."""
-        shared = self.ranks.sum(torch.tensor([seconds if self.ranks.main else 0.0, float(self.interrupted)], dtype=torch.float64, device=self.device))
+        shared = self.ranks.sum(torch.tensor([seconds if self.ranks.main else 0.0, float(self.interrupted)], dtype=torch.float64))
         self.minutes += float(shared[0]) / 60
         self.interrupted = bool(shared[1] > 0)
 
@@ -779,7 +780,6 @@ def main(argv=None) -> int:
         trainer = Trainer(cfg, saved, ranks)
         if ranks.main:
             announce(trainer)
-        if ranks.main:
             trainer.settle(saved)
         if trainer.progress >= 1:
             print(f"{cfg.resume} is at step {trainer.step}: this run is over; raise --max_steps (or --minutes) to go on")

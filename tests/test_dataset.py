@@ -1,6 +1,13 @@
 """Shards, reading positions, windows and packed batches on tiny synthetic data; no codec weights, no audio models."""
 import gzip
 import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +145,83 @@ def test_history_comes_first_in_turn_numbers():
     assert batch.turn[0, 0] == 2 and batch.turn[1, 0] == 0 and batch.phones.tolist() == [[0, 0], [3, 4]]      # heard turns have no phones
 
 
+# ---- one turn and one batch, the slow and obvious way
+
+def slow_rows(turn, cfg, tokenizer, speaker, mood, listening):
+    """One turn, position by position: (audio columns or None, text token or None, text_index, reading, audio_loss, text_loss)."""
+    spoken = 0 if turn.consumed is None else None
+    prefix = tokenizer.listen_prefix(speaker) if listening else tokenizer.speak_prefix(speaker, mood)
+    text = [*turn.ids, tokenizer.eot]
+    rows = [(None, token, i, -1, False, False) for i, token in enumerate(prefix)]
+    if not listening:
+        rows += [(None, token, len(prefix) + i, -1, False, True) for i, token in enumerate(text)]
+    reading = [-1] * (turn.codes.size(1) + 2)                                # EOT, frames, EOS
+    if spoken is None and not listening:
+        reading = [len(prefix)] * 2 + [len(prefix) + int(c) for c in turn.consumed]
+        rows[-1] = (*rows[-1][:3], reading[0], *rows[-1][4:])
+    for frame, read in zip(turn.codes.T.tolist() + [[-cfg.code_offset] * cfg.num_codebooks], reading[1:]):
+        rows.append(([code + cfg.code_offset for code in frame], None, -1, read, not listening, False))
+    if listening:
+        rows += [(None, token, i, -1, False, i > 0) for i, token in enumerate([tokenizer.transcript, *text])]
+    return rows
+
+
+def slow_batch(turns, first_turns, cfg, tokenizer):
+    """turns: per row the arguments of slow_rows -> the fields of a FrameBatch, padded."""
+    b, s, k = len(turns), max([1, *(sum(len(slow_rows(t, cfg, tokenizer, *how)) for t, *how in row) for row in turns)]), cfg.num_codebooks
+    out = {"frames": torch.zeros(b, s, k + 1).long(), "mask": torch.zeros(b, s, k + 1).bool(), "audio_loss": torch.zeros(b, s).bool(), "text_loss": torch.zeros(b, s).bool()}
+    out |= {key: torch.full((b, s), -1) for key in ("turn", "text_index", "reading")}
+    for i, (row, first) in enumerate(zip(turns, first_turns)):
+        at = 0
+        for number, (turn, *how) in enumerate(row, first):
+            for audio, token, *rest in slow_rows(turn, cfg, tokenizer, *how):
+                if audio is not None:
+                    out["frames"][i, at, :k], out["mask"][i, at, :k] = torch.tensor(audio), True
+                else:
+                    out["frames"][i, at, k], out["mask"][i, at, k] = token, True
+                out["turn"][i, at] = number
+                for key, value in zip(("text_index", "reading", "audio_loss", "text_loss"), rest):
+                    out[key][i, at] = value
+                at += 1
+    return out
+
+
+def equal(batch, other) -> bool:
+    """The same fields in the same types to the bit (None: no batch at all)."""
+    if batch is None or other is None:
+        return batch is other
+    a, b = ({k: v for k, v in vars(x).items() if v is not None} for x in (batch, other))
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("changes", [{}, {"text_vocab": 40000}, {"code_offset": 0, "text_head": False}])
+def test_batches_are_those_of_the_slow_way(corpus, changes):
+    cfg = replace(CFG, **changes)
+    data = dp.ConversationDataset(corpus, cfg, batch_positions=400, seed=3, p_listen=0.4, p_history=0.6)
+    data.conversations[0][0].consumed = None
+    heard = older = 0
+    for windows in data._make_pool(0, dp.Stage(2))[:40]:
+        said = [[(t, w.speakers[t.speaker], t.mood if w.moods[i] else None, w.listening[i]) for i, t in enumerate(w.turns)] for w in windows]
+        want = slow_batch(said, [len(w.history) for w in windows], cfg, data.tokenizer)
+        batch, history = dp.collate(windows, cfg, data.tokenizer)
+        phones = batch.phones if batch.phones is not None else torch.zeros(len(windows), 0).long()
+        assert [p[p > 0].tolist() for p in phones] == [[int(p) for i, t in enumerate(w.turns) if not w.listening[i] for p in t.phones] for w in windows]
+        assert equal(replace(batch, phones=None), dp.FrameBatch(**want))
+        heard, older = heard + any(x for w in windows for x in w.listening), older + (history is not None)
+        if history is not None:
+            past = [[(t, w.speakers[t.speaker], None, False) for t in w.history] for w in windows]
+            assert equal(history, dp.FrameBatch(**slow_batch(past, [0] * len(windows), cfg, data.tokenizer)))
+    assert older > 3 and (heard > 3) == cfg.text_head
+
+
+def test_what_is_handed_over_is_narrow(corpus):
+    """int16 where every token fits, int32 for a large vocabulary; nothing else changes."""
+    for cfg, kind in ((CFG, torch.int16), (replace(CFG, text_vocab=40000), torch.int32)):
+        narrow, wide = (getattr(dp.ConversationDataset(corpus, cfg, batch_positions=400, seed=3), how)(dp.Stage(2))[0] for how in ("draw", "next_batch"))
+        assert {narrow.frames.dtype, narrow.turn.dtype, narrow.reading.dtype, narrow.text_index.dtype} == {kind} and narrow.phones.dtype == torch.uint8
+        assert wide.frames.dtype == wide.phones.dtype == torch.long and equal(dp.widen(narrow), wide) and equal(dp.widen(wide), wide)
+
+
 # ---- shards
 
 def test_shards_round_trip(corpus):
@@ -208,6 +292,20 @@ def test_batches_are_packed_and_padding_is_small(corpus):
     assert data.waste < 0.2
 
 
+def test_large_batches_are_packed_from_large_pools(corpus):
+    """Less padding than from a pool of a few batches, and no batch is larger than it may be, its history included."""
+    wastes = []
+    for size in (None, 512):
+        data = dp.ConversationDataset(corpus, CFG, batch_positions=6000, seed=3)
+        assert data.pool_size == 2000 and dataset(corpus).pool_size == 512
+        data.pool_size = size or data.pool_size
+        while data.pool_number == 0:
+            batch, history, _ = data.draw(dp.Stage(2))
+            assert batch.turn.numel() + (0 if history is None else history.turn.numel()) <= 6000
+        wastes.append(data.waste)
+    assert wastes[0] < 0.12 < wastes[1]
+
+
 def test_order_depends_on_seed_alone(corpus):
     a, b, c = dataset(corpus), dataset(corpus), dp.ConversationDataset(corpus, CFG, batch_positions=400, seed=4)
     first = [d.next_batch()[0].frames for d in (a, b, c)]
@@ -234,7 +332,7 @@ def test_curriculum_starts_with_short_single_turns(corpus):
 
 def test_every_turn_is_a_target_once_per_epoch(corpus):
     data = dataset(corpus, p_listen=0.0, p_history=0.0)
-    data.POOL = 30                                               # exactly one epoch
+    data.pool_size = 30                                               # exactly one epoch
     windows = [w for batch in data._make_pool(0, dp.Stage(0)) for w in batch]
     assert len({id(w.turns[-1]) for w in windows}) == 30
 
@@ -261,8 +359,7 @@ def test_histories_share_batches_and_are_paid_for(corpus):
     data = dataset(corpus, p_history=0.5)
     for batch in data._make_pool(0, dp.Stage(1)):
         assert len({bool(w.history) for w in batch}) == 1
-        assert len(batch) * max(w.cost() for w in batch) <= 400
-        assert all(w.cost() > w.positions() for w in batch if w.history)
+        assert len(batch) * (max(w.positions() for w in batch) + max(w.earlier() for w in batch)) <= 400
 
 
 def test_too_long_turns_are_skipped_and_counted(corpus):
@@ -283,14 +380,137 @@ def test_codes_must_fit_the_model(corpus):
         dp.ConversationDataset(corpus, model_preset("test", audio_vocab=20))
 
 
-def test_prefetch_keeps_the_order_and_hands_errors_on():
-    numbers = iter(range(5))
-    ahead = dp.Prefetch(lambda: next(numbers), 2)
-    assert [ahead.get() for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(StopIteration):
-        ahead.get()
-    ahead.close()
+# ---- worker processes
 
+def workers(corpus, **options):
+    return dataset(corpus, num_workers=2, **options)
+
+
+def same_batches(got, want) -> None:
+    for (a, a_history, a_state), (b, b_history, b_state) in zip(got, want, strict=True):
+        assert equal(a, b) and equal(a_history, b_history) and a_state == b_state
+
+
+@pytest.fixture
+def closing():
+    """Datasets to close at the end; then no process may be left."""
+    opened = []
+    yield lambda data: opened.append(data) or data
+    for data in opened:
+        data.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_make_the_same_batches(corpus, closing):
+    """Also across a change of stage within a pool, and over the end of a pool, for each of two ranks."""
+    for rank in (Ranks(), Ranks(0, 2, 0), Ranks(1, 2, 1)):
+        alone, helped = dataset(corpus, ranks=rank, p_history=0.5), closing(workers(corpus, ranks=rank, p_history=0.5))
+        alone.pool_size = helped.pool_size = 60
+        stages = [dp.Stage(0, 0.8)] * 2 + [dp.Stage(2)] * 40
+        got, want = ([data.next_batch(stage) for stage in stages] for data in (helped, alone))
+        same_batches(got, want)
+        assert want[1][2]["pool"] == 0 and want[2][2]["pool"] == 1 and want[-1][2]["pool"] > 2 and helped.waste == alone.waste
+
+
+def test_workers_go_on_in_the_middle_of_a_pool(corpus, closing):
+    """From a saved state, from a state of another number of ranks, and back in a dataset whose workers have run ahead."""
+    alone = dataset(corpus)
+    alone.pool_size = 60
+    want = [alone.next_batch(dp.Stage(2)) for _ in range(60)]
+    places = [n for n, (_, _, state) in enumerate(want[:50]) if state["place"] > 2]
+    helped = closing(workers(corpus))
+    helped.pool_size = 60
+    for n in (places[-1] - 5, places[0], places[5]):
+        helped.load_state_dict(want[n][2])
+        same_batches([helped.next_batch(dp.Stage(2)) for _ in range(6)], want[n + 1:n + 7])
+    beyond = {"pool": 3, "place": 1000, "ranks": 1, "max_context": 2, "max_seconds": 1e9}
+    for data in (alone, helped):
+        data.load_state_dict(beyond)
+    same_batches([helped.next_batch()], [alone.next_batch()])
+    assert helped.state_dict()["pool"] == 4
+
+
+def test_workers_leave_the_random_numbers_of_the_model_alone(corpus, closing):
+    before = torch.get_rng_state()
+    closing(workers(corpus)).next_batch()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_plain_error_in_a_worker_stays_plain(corpus, closing):
+    for options in ({}, {"num_workers": 2}):
+        data = closing(dataset(corpus, **options))
+        for turns in data.conversations:
+            for t in turns:
+                t.mood = "peckish"
+        with pytest.raises(ValueError) as error:
+            data.next_batch()
+        assert str(error.value).startswith("unknown mood 'peckish': use one of")
+
+
+def test_closed_workers_are_gone_and_start_again(corpus):
+    alone, helped = dataset(corpus), workers(corpus)
+    same_batches([helped.next_batch()], [alone.next_batch()])
+    assert len(multiprocessing.active_children()) == 2
+    for child in multiprocessing.active_children():                          # as Ctrl-C in a terminal, or a scheduler, would
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
+    same_batches([helped.next_batch() for _ in range(60)], [alone.next_batch() for _ in range(60)])
+    helped.close()
+    assert not multiprocessing.active_children()
+    same_batches([helped.next_batch()], [alone.next_batch()])
+    helped.close()
+    helped.close()
+    assert not multiprocessing.active_children()
+
+
+def draw_and_wait(corpus, pipe):
+    data = workers(corpus)
+    data.pool_size = 4000                                                    # parts that do not fit a pipe
+    data.next_batch()
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc which processes run")
+def test_workers_of_a_killed_process_leave(corpus):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=draw_and_wait, args=(corpus, theirs))
+    process.start()
+    pids = ours.recv()
+    time.sleep(1)
+    try:
+        assert len(pids) == 2 and all(map(running, pids))
+        process.kill()
+        process.join()
+        end = time.monotonic() + 15
+        while any(map(running, pids)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(map(running, pids))
+    finally:
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_spawned_worker_gets_its_data_by_value(corpus):
+    """Pickled as for a start method other than fork: without shared memory, and it makes the same part."""
+    data = workers(corpus)
+    content = bytes(ForkingPickler.dumps(data))
+    assert b"rebuild" not in content                                         # no tensor in shared memory
+    request = (3, dp.Stage(2))
+    (_, ours), (asked, theirs) = data[request], ForkingPickler.loads(content)[request]
+    assert asked == request and ours[:2] == theirs[:2] and len(ours.batches) > 0
+    assert all(equal(dp.narrow_batch(a), dp.narrow_batch(b)) for one, other in zip(ours.batches, theirs.batches) for a, b in zip(one, other))
+
+
+# ---- left out
 
 def test_context_turns_are_left_out_now_and_then(tmp_path):
     """The turn before a turn may be the same speaker's; the target stays, and validation leaves nothing out."""

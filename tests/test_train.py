@@ -83,9 +83,11 @@ def losses(folder):
     return [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "train"]
 
 
-def test_resume_is_exact(data, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(data, tmp_path, workers):
+    """Worker processes that ran ahead of the stop (and of a stage of the curriculum) change nothing either."""
     whole = run(settings(data, tmp_path / "a"))
-    part = train.Trainer(settings(data, tmp_path / "b"))
+    part = train.Trainer(settings(data, tmp_path / "b", num_workers=workers))
     original = part._step_and_log
 
     def stop_after_three():
@@ -95,8 +97,9 @@ def test_resume_is_exact(data, tmp_path):
     part.run()
     torch.manual_seed(99)
     cfg, saved = train.read_settings(["--resume", str(tmp_path / "b/last.pt")])
-    assert cfg.max_steps == 6 and saved["step"] == 3
+    assert cfg.max_steps == 6 and saved["step"] == 3 and cfg.num_workers == workers
     resumed = run(cfg, saved)
+    assert not multiprocessing.active_children()
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "a")) == 6
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(a, b), name
