@@ -3,7 +3,7 @@
     data = CodecData("data/synthetic", "train", CodecConfig().phones).to("cuda")
     audio, phones, f0, drawn = data.batch(numpy.random.default_rng(0), 8, 46080)
 
-Pitch is measured with WORLD; phone times come from the collection. Labels are made once and kept beside the data.
+Phone times and pitch are the synthesiser's own, from the collection; where there are none the pitch is measured with WORLD. Labels are made once and kept beside the data.
 All sound of a split lies in one tensor on the device that trains, where crops are cut and roughened: no loader to wait for.
 Shapes: B crops, N samples, P label points, K codebooks, T frames.
 """
@@ -55,7 +55,14 @@ def label_turn(job: tuple) -> tuple:
     index = np.searchsorted(np.asarray(alignment["ends"]), times, side="right")
     symbols = np.asarray([max(0, alphabet.find(p)) for p in alignment["phones"]] + [0], np.uint8)
     phones[:] = symbols[np.minimum(index, len(symbols) - 1)]
-    return (audio * 32767).astype(np.int16), phones, measure_pitch(audio)
+    return (audio * 32767).astype(np.int16), phones, known_pitch(alignment, points) if "pitch" in alignment else measure_pitch(audio)
+
+
+def known_pitch(alignment: dict, points: int):
+    """f0 in Hz every 10 ms, (points,), that the synthesiser played; 0 where unvoiced."""
+    from synthetic_conversations import unpack_pitch
+    f0 = unpack_pitch(alignment["pitch"])[:points]
+    return np.pad(f0, (0, points - len(f0)))
 
 
 def continuous_pitch(f0, gap: int = 12):

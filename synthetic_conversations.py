@@ -10,6 +10,7 @@ their ONNX graphs; they are read out, so phone and word times are true, not esti
 """
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import math
 import random
 import re
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -344,12 +346,38 @@ def prosody_of(turns: list[dict]) -> list[tuple]:
 
 @dataclass
 class Speech:
-    """One spoken turn: audio (n,) at 24 kHz, phone symbols with their end times (s), words and f0 (Hz, voiced frames)."""
+    """One spoken turn: audio (n,) at 24 kHz, phone symbols with their end times (s), words, f0 (Hz, voiced frames) and pitch (Hz every 10 ms, 0: unvoiced)."""
     audio: np.ndarray
     phones: str
     ends: list
     words: list                           # [byte_start, byte_end, t0, t1] over the text
     f0: np.ndarray
+    pitch: np.ndarray
+
+
+def pitch_on_grid(pieces: list, points: int) -> np.ndarray:
+    """[(start (s), f0 (F,) Hz with 0 where unvoiced, seconds a frame), ...] of the sentences -> Hz every 10 ms, (points,) float32."""
+    pitch = np.zeros(points, np.float32)
+    for start, f0, step in pieces:
+        voiced = np.flatnonzero(f0 > 0)
+        at = np.arange(math.ceil(start * 100), min(points, math.floor((start + len(f0) * step) * 100)))
+        place = (at / 100 - start) / step
+        frame = place.astype(int).clip(0, len(f0) - 1)
+        if len(voiced) and len(at):
+            pitch[at] = np.exp(np.interp(place - 0.5, voiced, np.log(f0[voiced]))) * (f0[frame] > 0)
+    return pitch
+
+
+def pack_pitch(pitch: np.ndarray) -> str:
+    """Hz every 10 ms -> text for a manifest: hundredths of semitones above 20 Hz, compressed."""
+    steps = np.where(pitch > 0, 1 + np.round(1200 * np.log2(np.maximum(pitch, 20.0) / 20.0)), 0).astype("<u2")
+    return base64.b64encode(zlib.compress(steps.tobytes(), 6)).decode("ascii")
+
+
+def unpack_pitch(text: str) -> np.ndarray:
+    """What pack_pitch wrote -> (P,) float32 Hz."""
+    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(np.float32)
+    return np.where(steps > 0, 20.0 * 2 ** ((steps - 1) / 1200), 0.0).astype(np.float32)
 
 
 def _with_durations(path: str, tensor: str):
@@ -399,7 +427,7 @@ class HibariEngine:
         self.octaves = np.maximum(0.0, np.log2(np.maximum(np.arange(601) * 20.0, 1.0) / 500.0)).astype(np.float32)[:, None]
 
     def sentence(self, symbols: str, who: Character, prosody: tuple, rng) -> tuple:
-        """-> audio (n,), end of each symbol (s), f0 of voiced frames (Hz)."""
+        """-> audio (n,), end of each symbol (s), f0 of voiced frames (Hz), f0 of all frames (0: unvoiced), seconds a frame."""
         from hibari import dsp
         semitones, range_, _, pace = prosody
         size = min(who.size * 2 ** (0.5 * semitones / 12), max(1.10, who.size))   # half of a mood's level by resampling: it keeps the sound clean,
@@ -410,13 +438,14 @@ class HibariEngine:
         ends = 2 * np.cumsum(units.reshape(-1))                            # in frames of 12.5 ms; [0] is the pad before
         first, last = _speech_frames(symbols, ends, f0.shape[-1], size)
         lh, th, ln, lr, phi = (p[0][:, first:last] for p in parts)         # (601, F) each
+        voiced = f0[0][first:last] > 100.0                                 # below lie the glides into voiceless frames
         f0 = self._shape_f0(f0[0][first:last], who.pitch + level, who.range + range_)
         slope = self.octaves * (who.tilt * math.log(10) / 20)
         breath = who.breath * math.log(10) / 20
         audio = dsp.synth(lh + slope, th, ln + slope + breath, lr + slope, phi, f0, rng)
         audio = audio_io.resample(audio, SAMPLE_RATE * size, SAMPLE_RATE, quality="MQ")
         times = np.clip((ends[1:-1] - 80 * LAG - first) * 0.0125, 0, (last - first) * 0.0125) / size
-        return audio, times.tolist(), f0[f0 > 90.0] * size
+        return audio, times.tolist(), f0[f0 > 90.0] * size, np.where(voiced, f0 * size, 0), 0.0125 / size
 
     @staticmethod
     def _shape_f0(f0: np.ndarray, semitones: float, range_: float) -> np.ndarray:
@@ -450,7 +479,7 @@ class KokoroEngine:
             self.tables = {name: tables[name].reshape(-1, 256) for name in KOKORO_VOICES}
 
     def sentence(self, symbols: str, who: Character, prosody: tuple, rng) -> tuple:
-        """-> audio (n,), end of each symbol (s), f0 of voiced frames (Hz)."""
+        """-> audio (n,), end of each symbol (s), f0 of voiced frames (Hz), f0 of all frames (0: unvoiced), seconds a frame."""
         kept = [c in self.vocab for c in symbols]
         tokens = [self.vocab[c] for c in symbols if c in self.vocab]
         row = min(len(tokens), 510) - 1
@@ -465,18 +494,19 @@ class KokoroEngine:
         last = min(len(sound), int(ends[said[-1] + 1] + TAIL * SAMPLE_RATE))
         audio = sound[first:last]
         times = np.clip(ends[1:] - first, 0, last - first) / SAMPLE_RATE
-        return audio, times.tolist(), measured_f0(audio)
+        f0 = measured_f0(audio, voiced_only=False)
+        return audio, times.tolist(), f0[f0 > 0], f0, 0.005
 
 
-def measured_f0(audio: np.ndarray) -> np.ndarray:
-    """f0 of the voiced frames in Hz by WORLD (dio and stonemask)."""
+def measured_f0(audio: np.ndarray, voiced_only: bool = True) -> np.ndarray:
+    """f0 in Hz every 5 ms by WORLD (dio and stonemask): of the voiced frames, or of all with 0 where unvoiced."""
     with warnings.catch_warnings():                                        # it imports the deprecated pkg_resources
         warnings.simplefilter("ignore")
         import pyworld
     sound = audio.astype(np.float64)
     f0, times = pyworld.dio(sound, SAMPLE_RATE, f0_floor=60.0, f0_ceil=500.0)
     f0 = pyworld.stonemask(sound, f0, times, SAMPLE_RATE)
-    return f0[f0 > 0]
+    return f0[f0 > 0] if voiced_only else f0
 
 
 @functools.lru_cache(maxsize=2)
@@ -525,25 +555,26 @@ def speak(text: str, who: Character, prosody: tuple = (0.0, 0.0, 0.0, 0.0), seed
     """
     text = text_tokenizer.spoken(text)
     rng = np.random.default_rng(seed)
-    sounds, phones, ends, words, pitch, offset = [], [], [], [], [], 0.0
+    sounds, phones, ends, words, voiced, pitch, offset = [], [], [], [], [], [], 0.0
     for start, sentence in _pieces(text):
         symbols, owner = phonemes(sentence)
         if not plain_phones(symbols):
             continue
-        audio, times, f0 = _engine(who.engine).sentence(symbols, who, prosody, rng)
+        audio, times, f0, frames, step = _engine(who.engine).sentence(symbols, who, prosody, rng)
         pause = rng.uniform(0.06, 0.30) * math.exp(-2 * prosody[3]) if sounds else 0.0
         sounds += [np.zeros(int(pause * SAMPLE_RATE), np.float32), _faded(audio)]
         shift = offset + (len(sounds[-2]) / SAMPLE_RATE)
         words += _word_times(sentence, start, owner, times, shift)
         _merge_phones(symbols, times, shift, phones, ends)
-        pitch.append(f0)
+        voiced.append(f0)
+        pitch.append((shift, frames, step))
         offset = shift + len(audio) / SAMPLE_RATE
     if not sounds:
         raise ValueError(f"nothing to pronounce in {text!r}: write words")
     audio = np.concatenate(sounds) * 10 ** ((who.gain + prosody[2] - 2.0) / 20)
     audio *= min(1.0, 0.97 / max(1e-6, float(np.abs(audio).max())))
     _close(phones, ends, offset)
-    return Speech(audio.astype(np.float32), "".join(phones), [round(e, 4) for e in ends], words, np.concatenate(pitch))
+    return Speech(audio.astype(np.float32), "".join(phones), [round(e, 4) for e in ends], words, np.concatenate(voiced), pitch_on_grid(pitch, len(audio) // 240 + 1))
 
 
 def _faded(audio: np.ndarray, milliseconds: float = 8.0) -> np.ndarray:
@@ -659,4 +690,4 @@ def _row(script: Script, k: int, turn: dict, speech: Speech, start: float, path:
                        "engine": script.engine, "f0_median": round(f0, 1), "turn_audio": path.as_posix(),
                        "sha256": hashlib.sha256((root / path).read_bytes()).hexdigest(), "licence": LICENCES[script.engine],
                        "speaker_index": turn["character"],
-                       "alignment": {"phones": speech.phones, "ends": speech.ends, "words": speech.words}}}
+                       "alignment": {"phones": speech.phones, "ends": speech.ends, "words": speech.words, "pitch": pack_pitch(speech.pitch)}}}

@@ -17,7 +17,7 @@ def quick(monkeypatch):
     def speak(text, who, prosody=(0, 0, 0, 0), seed=0):
         rng = np.random.default_rng(seed)
         audio = (0.1 * rng.standard_normal(2400 + 600 * len(text.split()))).astype(np.float32)
-        return sc.Speech(audio, "_a_", [0.05, 0.08, len(audio) / 24000], [[0, 2, 0.05, 0.08]], np.array([200.0 * who.size]))
+        return sc.Speech(audio, "_a_", [0.05, 0.08, len(audio) / 24000], [[0, 2, 0.05, 0.08]], np.array([200.0 * who.size]), np.full(len(audio) // 240 + 1, 200.0 * who.size))
     monkeypatch.setattr(sc, "speak", speak)
 
 
