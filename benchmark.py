@@ -134,7 +134,7 @@ def original_texts(collection: dict, wanted: set[str]) -> dict[str, str]:
     import text_tokenizer
     if collection.get("source") != "synthetic":
         return {}
-    plan, found = synthetic.Plan(collection["seed"], collection["engine"], collection["kokoro_share"]), {}
+    plan, found = synthetic.Plan(collection["seed"], collection["engine"], collection["kokoro_share"], texts=collection.get("texts", "")), {}
     for index in range(collection["conversations"]):
         script = plan.script(index)
         if script.id in wanted:

@@ -394,7 +394,7 @@ def _parser() -> config.Parser:
 def _clear(root: Path) -> None:
     for name in ("conversations", "manifests", "tokens"):
         shutil.rmtree(root / name, ignore_errors=True)
-    for name in ("index.jsonl", "collection.json"):
+    for name in ("index.jsonl", "collection.json", "readings.json"):
         (root / name).unlink(missing_ok=True)
 
 
@@ -426,6 +426,16 @@ def _settings(args) -> dict:
     return {"source": args.source, "engine": args.engine, "kokoro_share": args.kokoro_share, "seed": args.seed, "version": VERSION} | ({"texts": args.texts} if args.texts else {})
 
 
+def _with_readings(root: Path, settings: dict) -> dict:
+    """The settings for the workers: the sentences to read are sifted once and written down."""
+    if not settings.get("texts"):
+        return settings
+    from synthetic_conversations import readings
+    path = root / "readings.json"
+    path.write_text(json.dumps(readings(settings["texts"]), ensure_ascii=False), encoding="utf-8")
+    return settings | {"texts": str(path)}
+
+
 def run(args) -> dict:
     _check(args)
     root, settings = Path(args.output), _settings(args)
@@ -435,7 +445,7 @@ def run(args) -> dict:
     begin, index = time.time(), Index(root, settings)
     try:
         if args.source == "synthetic":
-            collect_synthetic(root, index, settings, args.target_hours, args.workers or min(8, os.cpu_count() or 1))
+            collect_synthetic(root, index, _with_readings(root, settings), args.target_hours, args.workers or min(8, os.cpu_count() or 1))
         elif args.source == "folder":
             collect_folder(root, index, Path(args.input), args.target_hours)
         else:

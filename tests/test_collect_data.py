@@ -53,6 +53,18 @@ def test_manifests_and_summary(quick, tmp_path):
     assert summary["hours"] >= 0.008 and summary["seed"] == 1234 and set(summary["hours_per_split"]) == set(cd.SPLITS)
 
 
+def test_sentences_of_a_file_are_spoken(quick, tmp_path, capsys):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"This is the sentence with the number {k}" for k in range(300)), encoding="utf-8")
+    assert collect(tmp_path / "out", "--texts", str(path)) == 0
+    said = [s["text"] for s in lines(tmp_path / "out" / "manifests" / "train" / "supervisions.jsonl.gz")]
+    assert said and all("this is the sentence with the number" in text for text in said)
+    assert json.loads((tmp_path / "out" / "collection.json").read_text())["texts"] == str(path)
+    assert collect(tmp_path / "out", "--texts", str(path), hours=0.012) == 0 and collect(tmp_path / "out") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert collect(tmp_path / "none", "--texts", "nowhere.txt") == 2 and "--texts" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_lhotse_reads_the_manifests(quick, tmp_path):
     lhotse = pytest.importorskip("lhotse")
     assert collect(tmp_path) == 0
