@@ -442,7 +442,7 @@ class CodecTrainConfig:
     device: str = "auto"
     wandb: str = "offline"
     # adversarial, features and words are multiplied by `adversarial` besides
-    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25, "adversarial": 1.0, "features": 2.0, "words": 1.0})
+    loss_weights: dict = field(default_factory=lambda: {"mel": 2.0, "stft": 1.0, "phones": 2.0, "f0": 1.0, "commit": 0.25, "adversarial": 1.0, "features": 2.0, "words": 1.5})
 
     def __post_init__(self):
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
