@@ -53,9 +53,9 @@ class Runs:
     queries: Packing
     tokens: Tensor                      # (R, L) long
     filled: Tensor                      # (R, L) bool
-    offset: Tensor                      # (R, T, L) long: row of the reading bias
+    sight: Tensor                       # (R, T) long: row of ReadText.sights that the query looks through
     read: Tensor | None = None          # (R, L, W) the text reader's output
-    keys: list | None = None            # per cross-attention: (k, v), each (R, H, L, E)
+    keys: list | None = None            # per cross-attention: what ReadText.prepare makes
 
 
 @dataclass
@@ -110,6 +110,35 @@ class TextReader(nn.Module):
         return self.phone_head(read).view(R, 2 * L, -1)
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of a table for every query, -inf beyond a run's end. The gradient is a sum over queries that needs no sorting."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, chosen: Tensor, filled: Tensor) -> Tensor:
+        """table (H, n, L), chosen (R, T) long, filled (R, L) bool -> (R, H, T, L)."""
+        (H, n, L), (R, T) = table.shape, chosen.shape
+        rows = (chosen.unsqueeze(1) + torch.arange(0, H * n, n, device=chosen.device).unsqueeze(1)).flatten()
+        ctx.save_for_backward(chosen, rows)
+        ctx.size = H, n, table.dtype
+        return table.flatten(0, 1).index_select(0, rows).view(R, H, T, L).masked_fill_(~filled[:, None, None, :], -math.inf)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (chosen, rows), (H, n, dtype) = ctx.saved_tensors, ctx.size
+        if grad.device.type == "cpu":
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = torch.zeros(H * n, grad.shape[-1], dtype=wide).index_add_(0, rows, grad.flatten(0, 2).to(wide))
+        else:
+            total = _Rows.by_product(grad, chosen, n)
+        return total.view(H, n, -1).to(dtype), None, None
+
+    @staticmethod
+    def by_product(grad: Tensor, chosen: Tensor, n: int) -> Tensor:
+        """The same sum for a GPU, where atomic sums would queue since thousands of queries share a row."""
+        hot = (chosen.flatten() == torch.arange(n, device=chosen.device).unsqueeze(1)).to(grad.dtype)  # (n, R*T)
+        return (hot @ grad.transpose(1, 2).flatten(2).flatten(0, 1)).unflatten(1, (grad.shape[1], -1)).transpose(0, 1).contiguous()
+
+
 class ReadText(CrossAttention):
     """Voice positions look at single text tokens, guided by how far the voice has read."""
 
@@ -126,13 +155,25 @@ class ReadText(CrossAttention):
         self.bias.weight.zero_()
         self.bias.weight[:-1] = (-(distance - centre).square() / 8).clamp(min=-6).to(self.bias.weight)
 
+    def sights(self, length: int) -> Tensor:
+        """(H, n, L): the reading bias of L text tokens from every place the voice may have reached; rows as in sight_rows."""
+        reach = self.reach
+        distance = torch.arange(1 - length - reach, length, device=self.bias.weight.device)
+        line = self.bias(distance.clamp(-reach, reach) + reach)                # (2 L + reach - 1, H)
+        unknown = self.bias.weight[-1].view(-1, 1, 1).expand(-1, 1, length)
+        return torch.cat([line.T.unfold(1, length, 1), unknown], 1)
+
+    def prepare(self, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """read (R, L, W) -> k, v, each (R, H, L, E), and the sights: all that depends on the text alone."""
+        k, v = self.keys(read)
+        return k, v, self.sights(read.shape[1]).to(k.dtype)
+
     def forward(self, x: Tensor, runs: Runs, layer: int) -> Tensor:
         """x (B*S, D) -> (B*S, D)."""
         pack = runs.queries
         q = pack.spread(self.q_proj(self.norm(x.index_select(0, pack.flat))))  # (R, T, W)
-        k, v = runs.keys[layer] if runs.keys else self.keys(runs.read)
-        bias = self.bias(runs.offset).permute(0, 3, 1, 2)                      # (R, H, T, L)
-        bias = bias.masked_fill(~runs.filled[:, None, None, :], -math.inf).to(q.dtype)
+        k, v, sights = runs.keys[layer] if runs.keys else self.prepare(runs.read)
+        bias = _Rows.apply(sights, runs.sight, runs.filled)                    # (R, H, T, L)
         return self.add(x, pack.flat, pack.collect(self.look(q, k, v, bias)))
 
 
@@ -226,12 +267,12 @@ def spoken_runs(cfg: ModelConfig, seen: Positions) -> tuple[Tensor, Tensor, Tens
     return begin, inside, opens
 
 
-def reading_offset(cfg: ModelConfig, reading: Tensor, length: int) -> Tensor:
-    """reading (R, T) -> (R, T, L) row of the reading bias for text token l; the last row where reading is unknown."""
-    reach = cfg.cross.max_distance
-    distance = torch.arange(length, device=reading.device) - reading.unsqueeze(-1)
-    known = reading.unsqueeze(-1) >= 0 if cfg.cross.guided else torch.zeros_like(distance, dtype=torch.bool)
-    return torch.where(known, distance.clamp(-reach, reach) + reach, 2 * reach + 1)
+def sight_rows(cfg: ModelConfig, reading: Tensor, length: int) -> Tensor:
+    """reading (R, T) -> (R, T) row of ReadText.sights(length): the furthest place first, the last row where reading is unknown."""
+    furthest = length - 1 + cfg.cross.max_distance                             # from there on all tokens lie out of reach
+    if not cfg.cross.guided:
+        return torch.full_like(reading, furthest + 1)
+    return torch.where(reading >= 0, (furthest - reading).clamp(min=0), furthest + 1)
 
 
 def plan_runs(cfg: ModelConfig, seen: Positions, reading: Tensor, start: int) -> Runs | None:
@@ -250,7 +291,7 @@ def plan_runs(cfg: ModelConfig, seen: Positions, reading: Tensor, start: int) ->
     filled = filled[:, :int(filled.sum(1).max())]                              # (R, L)
     tokens = seen.token[row, column][:, :filled.shape[1]] * filled
     read = queries.spread(reading.flatten()[queries.flat].unsqueeze(-1)).squeeze(-1)
-    return Runs(queries, tokens, filled, reading_offset(cfg, read, filled.shape[1]))
+    return Runs(queries, tokens, filled, sight_rows(cfg, read, filled.shape[1]))
 
 
 def plan_blocks(cfg: ModelConfig, seen: Positions, start: int) -> Blocks | None:

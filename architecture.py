@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from additions import (
-    Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, reading_offset, spoken_runs, turn_sums)
+    Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, sight_rows, spoken_runs, turn_sums)
 from config import ModelConfig
 from layers import CrossAttention, FoldedStack, KVCache, Packing, RMSNorm, Transformer, in_pieces, pack
 
@@ -400,7 +400,7 @@ class CSM(nn.Module):
             if runs is not None:
                 runs.read = self.reader(runs.tokens, runs.filled)
             if only_voice and runs is not None and runs.queries.shape[0] == state.batch:
-                runs.keys = [read.keys(runs.read) for read in self.read_text]
+                runs.keys = [read.prepare(runs.read) for read in self.read_text]
                 state.runs = runs
             elif state is not None:
                 state.runs = None
@@ -408,8 +408,8 @@ class CSM(nn.Module):
         # the voice goes on over the same text: only the queries and the reading position are new
         B, S = reading.shape
         everyone = torch.arange(B * S, device=reading.device)
-        offset = reading_offset(self.cfg, reading, state.runs.filled.shape[1])
-        return Runs(Packing(everyone, everyone, (B, S)), state.runs.tokens, state.runs.filled, offset, state.runs.read, state.runs.keys)
+        sight = sight_rows(self.cfg, reading, state.runs.filled.shape[1])
+        return Runs(Packing(everyone, everyone, (B, S)), state.runs.tokens, state.runs.filled, sight, state.runs.read, state.runs.keys)
 
     def compile_blocks(self, **options) -> None:
         """torch.compile every block of both stacks, each one graph. The embedding and the plans stay as they are: they depend on the data."""

@@ -326,7 +326,7 @@ class CrossAttention(nn.Module):
         """q (R, T, W); k, v (R, H, L, E); bias (R, H, T, L) additive -> (R, T, W)."""
         q = _heads(q, self.heads) * self.null.shape[-1] ** -0.5                # (R, H, T, E)
         scores = torch.cat([q @ k.transpose(-1, -2) + bias, q @ self.null.unsqueeze(-1).to(q.dtype)], -1)
-        weights = scores.float().softmax(-1)[..., :-1].to(v.dtype)             # (R, H, T, L): the null key's value is zero
+        weights = scores.softmax(-1, dtype=torch.float32)[..., :-1].to(v.dtype)             # (R, H, T, L): the null key's value is zero
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def add(self, x: Tensor, flat: Tensor, y: Tensor) -> Tensor:

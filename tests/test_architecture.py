@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import additions
 import config
 from architecture import CSM, FrameBatch
 
@@ -320,6 +321,36 @@ def test_the_reading_position_moves_the_attention():
     model(batch)
     unguided = seen["weights"] @ torch.arange(33.0)
     assert (unguided[-1] - unguided[1]).abs() < 4
+
+
+def bias_by_lookup(read, reading, filled):
+    """The reading bias as it is defined, token by token: (R, T) reading, (R, L) filled -> (R, H, T, L)."""
+    reach = read.reach
+    distance = torch.arange(filled.shape[1]) - reading.unsqueeze(-1)
+    offset = torch.where(reading.unsqueeze(-1) >= 0, distance.clamp(-reach, reach) + reach, 2 * reach + 1)
+    return read.bias(offset).permute(0, 3, 1, 2).masked_fill(~filled[:, None, None, :], -math.inf)
+
+
+@pytest.mark.parametrize("length", [1, 7, 60])
+def test_the_reading_bias_is_the_one_looked_up_token_by_token(length):
+    read, cfg = build().read_text[0], config.model_preset("test")
+    g = torch.Generator().manual_seed(length)
+    torch.nn.init.normal_(read.bias.weight, generator=g)
+    reading = torch.randint(-1, 2 * length + read.reach, (5, 9), generator=g)
+    filled = torch.arange(length) < torch.tensor([1, length, 2, length // 2, length]).unsqueeze(1)
+    slow = bias_by_lookup(read, reading, filled)
+    fast = additions._Rows.apply(read.sights(length), additions.sight_rows(cfg, reading, length), filled)
+    assert torch.equal(fast, slow)
+    grad = torch.randn(slow.shape, generator=g) * filled[:, None, None, :]
+    wanted, = torch.autograd.grad(slow, read.bias.weight, grad)
+    got, = torch.autograd.grad(fast, read.bias.weight, grad)
+    assert wanted.any() and torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    chosen = additions.sight_rows(cfg, reading, length)
+    sums = torch.autograd.grad(additions._Rows.apply(table := read.sights(length), chosen, filled), table, grad)[0]
+    assert torch.allclose(additions._Rows.by_product(grad, chosen, table.shape[1]), sums, rtol=1e-5, atol=1e-5)
+    cfg.cross.guided = False
+    rows = additions.sight_rows(cfg, reading, length)
+    assert torch.equal(additions._Rows.apply(read.sights(length), rows, filled), bias_by_lookup(read, torch.full_like(reading, -1), filled))
 
 
 @torch.no_grad()
