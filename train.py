@@ -50,6 +50,7 @@ import runtime                   # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
 from checkpoint import carry_over, check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
 from dataset_pipeline import ConversationDataset, Stage, data_folders, phone_ids, read_index, widen  # noqa: E402
+from optimisers import Muon      # noqa: E402
 
 
 # ----------------------------------------------------------------------------- settings
@@ -221,12 +222,8 @@ def build_optimisers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opt
         adapted = [p for p in model.parameters() if p.requires_grad]
         return [torch.optim.AdamW([{"params": adapted, "weight_decay": 0.0, "base_lr": cfg.lr}], lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8)]
     matrices, decayed, plain = split_parameters(model)
-    optimisers: list[torch.optim.Optimizer] = []
-    if cfg.muon_lr > 0:
-        optimisers.append(torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95))
-    else:
-        decayed = matrices + decayed
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimisers = [Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95)] if cfg.muon_lr > 0 else []
+    groups = [{"params": decayed if optimisers else matrices + decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     fused = all(p.device.type == "cuda" for p in model.parameters())
     optimisers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused))
     for optimiser in optimisers:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from lower ranks; siblings never import each other.
 RANKS = {"config": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1,
-         "layers": 2, "parallel": 2,
+         "layers": 2, "parallel": 2, "optimisers": 2,
          "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "csm_weights": 3,
          "architecture": 4,
          "checkpoint": 5, "synthetic_conversations": 5,
