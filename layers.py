@@ -115,6 +115,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
             return _attend_in_strips(q, k, v, None if causal else mask)
         return _attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
     bias = None if causal or mask is None else mask.to(q.dtype)
+    if bias is not None and q.device.type == "cuda":
+        k, v = _same_heads(q, k, v)                          # the kernel for masks may refuse keys of fewer heads: then all scores would be held
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 

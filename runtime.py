@@ -116,8 +116,13 @@ def write_json(path, value) -> Path:
 # ----------------------------------------------------------------------------- device and seeds
 
 def pick_device(name: str = "auto"):
-    """"auto" | "cpu" | "cuda" | "cuda:1" | "mps" -> torch.device. ValueError when that device is not here."""
+    """"auto" | "cpu" | "cuda" | "cuda:1" | "mps" -> torch.device. ValueError when that device is not here.
+
+    Attention is left to PyTorch's own kernels: cuDNN, which it prefers on an H100, spends tens to hundreds of milliseconds on a plan for every new
+    shape (pytorch pull request 155958), and no two batches, nor two positions of a conversation, have the same.
+    """
     import torch
+    torch.backends.cuda.enable_cudnn_sdp(False)
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if here["cuda"] else "cpu")

@@ -104,6 +104,12 @@ def test_unknown_device_names_the_flag():
         runtime.pick_device("abacus")
 
 
+def test_attention_plans_nothing_for_a_shape():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    runtime.pick_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_manifest_says_where_this_ran():
     manifest = runtime.run_manifest()
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["cores"] >= 1 and len(json.dumps(manifest)) > 100
