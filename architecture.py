@@ -385,9 +385,9 @@ class CSM(nn.Module):
 
     def _mask(self, seen: Positions, start: int, state: DecodeState | None) -> Tensor | None:
         N = seen.valid.shape[1]
-        last_is_wide = self.reader is None or N <= self.cfg.cross.text_window or bool(seen.voice[:, -1].all())
-        if state is not None and not state.padded and N - start == 1 and last_is_wide:
-            return None                                                        # one new position that sees everything
+        if state is not None and not state.padded and N - start == 1:
+            if self.reader is None or N <= self.cfg.cross.text_window or bool(seen.voice[:, -1].all()):
+                return None                                                    # one new position that sees everything
         wide = None
         if self.reader is not None:
             wide = seen.voice | spoken_runs(self.cfg, seen)[2]
@@ -571,11 +571,12 @@ class CSM(nn.Module):
             out["depth"] = loss + 0 * unheard.sum(), 0
             return
         m = max(1, int(n * self.cfg.depth_fraction))
-        pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device)
+        pick = torch.randperm(n, generator=generator, device=generator.device if generator else None)[:m].to(h.device, non_blocking=True)
         codes = codes[pick]
         hidden = self._depth_hidden(h.index_select(0, pick), codes).transpose(0, 1)             # (m, K - 1, Dd)
         each, = in_pieces(self._depth_losses, max(1, LOGITS // ((K - 1) * self.cfg.audio_vocab)), hidden, codes)
-        out["depth"] = (each * each.new_tensor(self.cfg.depth_weights)).sum(), m * (K - 1)
+        weights = torch.tensor(self.cfg.depth_weights, dtype=each.dtype).to(each.device, non_blocking=True)
+        out["depth"] = (each * weights).sum(), m * (K - 1)
         for k, value in enumerate(each.detach(), start=1):
             metrics[f"depth_{k}"] = value, m
 
@@ -605,7 +606,7 @@ class CSM(nn.Module):
         device = generator.device if generator else None
         off = torch.randint(1, 3, reading.shape, generator=generator, device=device) * (2 * torch.randint(0, 2, reading.shape, generator=generator, device=device) - 1)
         hit = torch.rand(reading.shape, generator=generator, device=device) < self.cfg.cross.reading_noise
-        off = (off * hit).to(reading.device)
+        off = (off * hit).to(reading.device, non_blocking=True)
         return torch.where(reading >= 0, (reading + off).clamp(min=0), reading)
 
     def _noisy_frames(self, batch: FrameBatch, generator) -> Tensor:
@@ -614,9 +615,9 @@ class CSM(nn.Module):
             return batch.frames
         device = generator.device if generator else None
         voice = (batch.mask[..., 0] & batch.frames[..., :-1].any(-1)).flatten().nonzero()[:, 0]
-        hit = voice[(torch.rand(len(voice), generator=generator, device=device) < self.cfg.code_noise).to(voice.device)]
+        hit = voice[(torch.rand(len(voice), generator=generator, device=device) < self.cfg.code_noise).to(voice.device, non_blocking=True)]
         frames, other = batch.frames.clone(), torch.randint(max(1, len(voice)), (len(hit),), generator=generator, device=device)
-        frames.view(-1, frames.shape[-1])[hit] = frames.flatten(0, 1)[voice[other.to(voice.device)]]
+        frames.view(-1, frames.shape[-1])[hit] = frames.flatten(0, 1)[voice[other.to(voice.device, non_blocking=True)]]
         return frames
 
     def _advance_loss(self, h, batch, given, voice, out, metrics) -> None:

@@ -194,11 +194,12 @@ def in_pieces(function, rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Sum of the tensors function(*pieces) over pieces of at most `rows` rows.
 
     Several pieces are computed one at a time, and again in the backward pass: what function makes inside (logits) is never held for all rows.
+    It must draw no random numbers.
     """
     if len(tensors[0]) <= rows:
         return function(*tensors)
     pieces = zip(*(t.split(rows) for t in tensors))
-    return tuple(map(sum, zip(*(checkpoint(function, *piece, use_reentrant=False) for piece in pieces))))
+    return tuple(map(sum, zip(*(checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces))))
 
 
 class Attention(nn.Module):
