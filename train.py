@@ -25,7 +25,7 @@ from config import ModelConfig, Parser, TrainConfig, add_flags, count_parameters
 from runtime import Ranks, plain_errors
 
 LARGE, CPU_POSITIONS = 100e6, 1024          # a CPU trains models of more parameters than this on smaller batches, unless told otherwise
-EARLY_SHARE, EARLY_SECONDS = 0.3, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
+EARLY_SHARE, EARLY_SECONDS = 0.15, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
 FRAME_SHARE, OVERHEAD = 0.6, 2.5            # voice positions among all; a step's time over that of its matrix products (both only for a guess)
 ADAPTER_RUN = "csm-adapter"                  # kind of a training file that holds adapters alone
 SAMPLES = ("Hello, how are you today?", "I am so sorry to hear that.", "The bus leaves at seven, so please do not be late.")
