@@ -336,12 +336,14 @@ class SamplingConfig:
     depth_top_k: int = 30
     text_temperature: float = 0.7
     max_seconds: float = 30.0         # a turn is ended here at the latest
+    lead_seconds: float = 2.0         # so much of what a speaker said or of its voice is heard by the model as the beginning of its turn, which keeps the voice; 0: nothing
     seed: int = 0
 
     def __post_init__(self):
         _require(min(self.temperature, self.depth_temperature, self.text_temperature) >= 0, "temperatures must be at least 0: change --temperature")
         _require(self.top_k >= 1 and self.depth_top_k >= 1, "top_k must be at least 1: change --top_k")
         _require(self.max_seconds > 0, "max_seconds must be positive: change --max_seconds")
+        _require(self.lead_seconds >= 0, "lead_seconds must be at least 0: change --lead_seconds")
 
 
 @dataclass

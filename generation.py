@@ -41,6 +41,8 @@ SECONDS_PER_BYTE = 0.25   # three times slower than speech: slower than that is 
 SECONDS_TO_SPARE = 2.0
 REPEAT_FRAMES = 25        # equal frames in a row (2 s) that end a turn
 PROMPT_SECONDS = 10.0     # a voice prompt is cut to this
+LEAD_FRAMES = 6           # a lead is at least this long
+LEAD_REST = 2             # frames of it that may follow its last word
 BYTES_PER_SECOND = 25     # no transcript is longer than this allows
 REPLY_TOKENS = 160        # nor a reply than this
 SPEAKABLE = b"abcdefghijklmnopqrstuvwxyz.,?!'- "
@@ -170,12 +172,6 @@ def decode_frame(model: CSM, hidden: Tensor, codebook_size: int, sampling: Sampl
     return draw_codes(model, hidden, codebook_size, sampling, generator, c0)[0]
 
 
-def prefill_turn(model: CSM, state, ids: list[int], number: int, first_byte: int) -> Tensor:
-    """The text of the turn to be spoken goes into `state`; returns the hidden state (D,) at EOT, which predicts frame 0."""
-    reading = [-1] * (len(ids) - 1) + [first_byte]
-    return model(text_rows(ids, model.cfg, number, reading, _device(model)), state=state)[0, -1]
-
-
 def _device(model) -> torch.device:
     return next(model.parameters()).device
 
@@ -243,24 +239,88 @@ class Guard:
         return "runaway" if count >= self.runaway_frames else ""
 
 
+@dataclass
+class Lead:
+    """The end of what a speaker said before: the model hears it as the beginning of the new turn and goes on in that voice.
+
+    Nobody hears it again. text; codes (K, T); read: letters of the text spoken before each frame, T of them.
+    """
+    text: str
+    codes: Tensor
+    read: list[int]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.read)
+
+
+def lead_of(turn: Turn | None, seconds: float, frame_rate: float) -> Lead | None:
+    """The last words of a spoken turn, from the beginning of a sentence if there is one, of at most `seconds`; None where it has none to give."""
+    if turn is None or turn.heard or not turn.readings or not turn.text.isascii():
+        return None
+    read = [r - turn.readings[0] for r in turn.readings[1:-1]]                     # before each of the T frames
+    rest = sum(r >= len(turn.text) for r in read)
+    end, most = len(read) - max(0, rest - LEAD_REST), int(seconds * frame_rate)
+    places = []
+    for word in re.finditer(r"\S+", turn.text):
+        first = next((i for i, r in enumerate(read) if r >= word.start()), end)
+        if LEAD_FRAMES <= end - first <= most:
+            opens = word.start() == 0 or turn.text[word.start() - 2] in ".?!"
+            places.append((opens, end - first, first, word.start()))
+    if not places:
+        return None
+    *_, first, begin = max(places)
+    return Lead(turn.text[begin:], turn.codes[:, first:end], [r - begin for r in read[first:end]])
+
+
+def begin_turn(turn: Turn, lead: Lead | None, cfg: ModelConfig, tokenizer, number: int, device) -> tuple[FrameBatch, Finger, int]:
+    """Rows (1, S) before the first new frame, the finger there, and how many text tokens the lead has put in."""
+    prefix, body = tokenizer.speak_prefix(turn.speaker, turn.mood), tokenizer.encode(f"{lead.text} {turn.text}" if lead else turn.text)
+    ids, finger = prefix + body + [tokenizer.eot], Finger(len(prefix), len(prefix) + len(body), guided(cfg))
+    rows = text_rows(ids, cfg, number, [-1] * (len(ids) - 1) + [finger.reading], device)
+    if lead:
+        rows = join([rows, audio_rows(lead.codes.to(device) + cfg.code_offset, cfg, number, [len(prefix) + r for r in lead.read])])
+        finger.position = len(prefix) + max(lead.read[-1], 0)
+    return rows, finger, len(body) - len(tokenizer.encode(turn.text))
+
+
+@torch.inference_mode()
+def trace(model: CSM, tokenizer, turn: Turn) -> list[int] | None:
+    """Where the model's finger would be while this turn is said: its `readings`; None where it does not get through the text or has far too long."""
+    cfg, codes = model.cfg, turn.codes
+    ids = tokenizer.speak_prefix(turn.speaker, turn.mood) + tokenizer.encode(turn.text) + [tokenizer.eot]
+    if not guided(cfg) or len(ids) + turn.num_frames + 1 > cfg.backbone.max_positions:
+        return None
+    state = model.new_state(1, len(ids) + turn.num_frames + 1)
+    rows, finger, _ = begin_turn(turn, None, cfg, tokenizer, 0, _device(model))
+    model(rows, state=state)
+    readings = [finger.reading, finger.reading]
+    for tokens in (codes.T + cfg.code_offset).to(_device(model)):
+        hidden = model(audio_rows(tokens.view(-1, 1), cfg, 0, [finger.reading]), state=state)[0, -1]
+        finger.move(int(model.advance_logits(hidden).argmax(-1)))
+        readings.append(finger.reading)
+    return readings if finger.may_end and finger.at_end <= turn.num_frames // 3 else None
+
+
 @torch.inference_mode()
 def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sampling: SamplingConfig,
-                generator=None, num_codebooks: int | None = None, start: float | None = None) -> Iterator[np.ndarray]:
+                generator=None, num_codebooks: int | None = None, start: float | None = None, lead: Lead | None = None) -> Iterator[np.ndarray]:
     """Speak `turn` (speaker, text, mood are read, the rest is filled in); yields (frame_size,) float32 chunks.
 
-    `state` ends up holding the whole turn, its end frame included, and the turn's memory slots.
+    `state` ends up holding the whole turn, its end frame included, and the turn's memory slots; with a `lead`, which is no
+    part of the turn, it is used up: give a copy.
     num_codebooks: how many are decoded to sound (all are made). start: perf_counter() when the text was known.
     Ends always: see Finger and Guard. Raises ValueError where the text leaves no room for sound in the state.
     """
     start = time.perf_counter() if start is None else start
     cfg, size = model.cfg, codec.cfg.codebook_size
     semantic = semantic_count(cfg, codec, num_codebooks)
-    prefix = tokenizer.speak_prefix(turn.speaker, turn.mood)
-    body = tokenizer.encode(turn.text)
-    finger = Finger(len(prefix), len(prefix) + len(body), guided(cfg))
-    guard = Guard(*frame_limits(cfg, sampling, len(body), state.limit - state.length - finger.end - 1))
-    hidden = prefill_turn(model, state, prefix + body + [tokenizer.eot], number, finger.reading)
-    frames, chunks, readings, sound = [], [], [finger.reading, finger.reading], None
+    rows, finger, shift = begin_turn(turn, lead, cfg, tokenizer, number, _device(model))
+    guard = Guard(*frame_limits(cfg, sampling, finger.end - finger.position, state.limit - state.length - rows.S))
+    hidden, opening = model(rows, state=state)[0, -1], finger.end - len(tokenizer.encode(turn.text))
+    if lead and finger.guided:
+        finger.move(int(model.advance_logits(hidden).argmax(-1)))
+    frames, chunks, readings, sound = [], [], [opening, opening], None
     turn.end_reason = ""
     while not turn.end_reason:
         tokens = decode_frame(model, hidden, size, sampling, generator, finger.may_end)
@@ -279,11 +339,12 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
             finger.move(int(model.advance_logits(hidden).argmax(-1)))
         readings.append(finger.reading)
         turn.end_reason = guard.reason(tokens, chunks[-1], len(frames), finger)
-    model(audio_rows(torch.zeros(cfg.num_codebooks, 1, dtype=torch.long, device=hidden.device), cfg, number, [finger.reading]), state=state)
-    model.end_turn(state)
+    if lead is None:
+        model(audio_rows(torch.zeros(cfg.num_codebooks, 1, dtype=torch.long, device=hidden.device), cfg, number, [finger.reading]), state=state)
+        model.end_turn(state)
     turn.codes = torch.cat(frames, dim=1).cpu() if frames else torch.zeros(cfg.num_codebooks, 0, dtype=torch.long)
     turn.audio = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
-    turn.readings = readings if finger.guided else None
+    turn.readings = [max(opening, r) - shift for r in readings] if finger.guided else None
     turn.ended = turn.end_reason in ("eos", "read", "quiet")
     turn.total_ms = 1000 * (time.perf_counter() - start)
 
@@ -298,17 +359,16 @@ def frame_limits(cfg: ModelConfig, sampling: SamplingConfig, text_tokens: int, r
 
 @torch.inference_mode()
 def generate_slow(model: CSM, codec, tokenizer, context: FrameBatch | None, turn: Turn, number: int, sampling: SamplingConfig,
-                  memory=None) -> tuple[Tensor, Tensor]:
+                  memory=None, lead: Lead | None = None) -> tuple[Tensor, Tensor]:
     """The oracle: greedy, no caches, everything computed anew for each frame. `context`: rows before this turn.
 
     Returns codes (K, T) and audio (N,), decoded at once. Ends by the model's end frame, the finger or max_seconds alone.
     """
     cfg, size = model.cfg, codec.cfg.codebook_size
-    prefix, body = tokenizer.speak_prefix(turn.speaker, turn.mood), tokenizer.encode(turn.text)
-    finger = Finger(len(prefix), len(prefix) + len(body), guided(cfg))
-    ids = prefix + body + [tokenizer.eot]
-    rows = text_rows(ids, cfg, number, [-1] * (len(ids) - 1) + [finger.reading], _device(model))
+    rows, finger, _ = begin_turn(turn, lead, cfg, tokenizer, number, _device(model))
     rows = join([context, rows]) if context is not None else rows
+    if lead and finger.guided:
+        finger.move(int(model.advance_logits(model(rows, memory=memory)[0, -1]).argmax(-1)))
     frames, greedy = [], dataclasses.replace(sampling, temperature=0.0, depth_temperature=0.0)
     while len(frames) < int(sampling.max_seconds * cfg.frame_rate) and not finger.done:
         hidden = model(rows, memory=memory)[0, -1]
@@ -409,12 +469,14 @@ class Session:
                   text: str | None = None, consumed: list[int] | None = None) -> None:
         """Let `speaker` sound like this recording (at most PROMPT_SECONDS of it); with `text` it counts as spoken, else as heard.
 
-        consumed: bytes of the text spoken by the end of each frame, where that is known.
+        consumed: bytes of the text spoken by the end of each frame, where that is known; else the model's own finger is followed.
         """
         codes = self._codes(audio, codes)
         if text is None:
             codes = codes[:, :int(PROMPT_SECONDS * self.model.cfg.frame_rate)]
-        self.voices[speaker] = self._given(speaker, text, None, codes, consumed)
+        voice = self.voices[speaker] = self._given(speaker, text, None, codes, consumed)
+        if not voice.heard and voice.readings is None and codes.shape[1]:
+            voice.readings = trace(self.model, self.tokenizer, voice)
         self._state = None
 
     def add_turn(self, speaker: int, text: str | None = None, audio: np.ndarray | None = None, codes: Tensor | None = None,
@@ -447,6 +509,14 @@ class Session:
         if consumed is not None and guided(self.model.cfg) and len(consumed) == codes.shape[1]:
             readings = [first, first] + [first + n for n in consumed]
         return Turn(speaker, normalise(text), mood, codes, readings=readings)
+
+    def _lead(self, speaker: int) -> Lead | None:
+        """What the model hears before a turn of `speaker`: of its voice, else of the first thing it said, so that nothing drifts."""
+        seconds, rate = self.sampling.lead_seconds, self.model.cfg.frame_rate
+        if not seconds or not guided(self.model.cfg) or self.tokenizer.name != "bytes":
+            return None
+        said = [self.voices.get(speaker), *(t for t in self.turns if t.speaker == speaker)]
+        return next(filter(None, (lead_of(turn, seconds, rate) for turn in said)), None)
 
     # ---- the window
 
@@ -537,16 +607,18 @@ class Session:
         turn = Turn(speaker, normalise(text), mood)
         self._opens(speaker)
         tokens = len(self.tokenizer.speak_prefix(speaker, mood)) + len(self.tokenizer.encode(turn.text)) + 1
-        seconds = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens)
-        self._room(tokens + math.ceil(seconds * self.model.cfg.frame_rate) + 1)
-        return self._speak(turn, start)
+        seconds, lead = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens), self._lead(speaker)
+        heard = lead.num_frames + len(self.tokenizer.encode(lead.text)) + 1 if lead else 0
+        self._room(tokens + heard + math.ceil(seconds * self.model.cfg.frame_rate) + 1)
+        return self._speak(turn, start, lead)
 
-    def _speak(self, turn: Turn, start: float) -> Iterator[np.ndarray]:
+    def _speak(self, turn: Turn, start: float, lead: Lead | None) -> Iterator[np.ndarray]:
         state, self._state = self._state, None
-        yield from stream_turn(self.model, self.codec, self.tokenizer, state, turn, self._number, self.sampling,
-                               self.generator, self.num_codebooks, start)
+        used = copy.copy(state) if lead else state               # the lead is no part of the turn: the state takes in the turn without it
+        yield from stream_turn(self.model, self.codec, self.tokenizer, used, turn, self._number, self.sampling,
+                               self.generator, self.num_codebooks, start, lead)
         self._state = state
-        self._keep(turn)
+        self._put(turn) if lead else self._keep(turn)
 
     def say(self, speaker: int, text: str, mood: str | None = None) -> Turn:
         """`speak` to its end; returns the turn."""

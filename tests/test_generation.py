@@ -85,11 +85,83 @@ def test_fast_equals_slow_after_turns_became_memory(model, codec):
         s.say(number % 2, f"turn {number}.")
     s.prepare()
     assert s._start == 2 and s._state.slots is not None
-    context, memory = s._window(), s._state.visible()
+    context, memory, lead = s._window(), s._state.visible(), s._lead(0)
     assert memory.turn.tolist() == [[0, 1]]
     turn = s.say(0, "one more.")
-    codes, _ = generate_slow(model, codec, TOKENIZER, context, Turn(0, turn.text), 4, GREEDY, memory)
+    codes, _ = generate_slow(model, codec, TOKENIZER, context, Turn(0, turn.text), 4, GREEDY, memory, lead)
     assert torch.equal(turn.codes, codes)
+
+
+# ----------------------------------------------------------------------------- the lead: what a speaker said before
+
+def spoken(text, consumed, speaker=0, first=2):
+    """A spoken turn with a frame per entry of `consumed` (letters spoken by its end)."""
+    codes = torch.arange(8 * len(consumed)).view(8, -1) % 64
+    return Turn(speaker, text, codes=codes, readings=[first, first, *(first + n for n in consumed)])
+
+
+def test_a_lead_is_the_last_words_that_fit():
+    consumed = [1, 3, 4, 6, 7, 8, 10, 12, 14, 15, 17, 19, 20, 21, 22, 23, 24, 24, 24, 24]
+    turn = spoken("oh well. it is so late.", [min(n, 23) for n in consumed])
+    whole = generation.lead_of(turn, 2.0, 12.5)
+    assert whole.text == turn.text and whole.read[0] == 0 and whole.num_frames == 18               # two frames of rest are kept, two cut
+    sentence = generation.lead_of(turn, 1.1, 12.5)
+    first = consumed.index(10) + 1                                                                  # the first frame before which "it" is reached
+    assert sentence.text == "it is so late." and torch.equal(sentence.codes, turn.codes[:, first:18])
+    assert sentence.read == [min(n, 23) - 9 for n in consumed[first - 1:17]]
+    words = generation.lead_of(turn, 0.7, 12.5)
+    assert words.text in ("so late.", "is so late.") and generation.LEAD_FRAMES <= words.num_frames <= 8
+    assert generation.lead_of(turn, 0.3, 12.5) is None and generation.lead_of(None, 2.0, 12.5) is None
+    assert generation.lead_of(dataclasses.replace(turn, readings=None), 2.0, 12.5) is None
+    assert generation.lead_of(dataclasses.replace(turn, heard=True), 2.0, 12.5) is None
+
+
+def test_a_turn_after_a_lead_equals_the_slow_one_and_leaves_no_trace(model, codec):
+    """The new frames follow text and frames of the lead as one turn; the state then holds the turn without them."""
+    lead = generation.lead_of(spoken("oh well now.", [2, 3, 5, 6, 8, 9, 11, 12]), 2.0, 12.5)
+    rows, finger, shift = generation.begin_turn(Turn(0, "who is there?"), lead, model.cfg, TOKENIZER, 0, "cpu")
+    assert bytes(rows.frames[0, 2:28, -1].tolist()).decode() == "oh well now. who is there?" and shift == 13
+    assert rows.reading[0, 28:].tolist() == [2, *(2 + r for r in lead.read)] and finger.position == 2 + lead.read[-1] and finger.end == 2 + 26
+    s = session(model, codec, GREEDY)
+    s.voices[0] = spoken("oh well now.", [2, 3, 5, 6, 8, 9, 11, 12])
+    s.prepare(0)
+    context, before = s._window(), s._state.length
+    assert s._lead(0).text == "oh well now." and s._lead(1) is None
+    turn = s.say(0, "who is there?")
+    codes, audio = generate_slow(model, codec, TOKENIZER, context, Turn(0, turn.text), 1, GREEDY, lead=s._lead(0))
+    assert torch.equal(turn.codes, codes) and turn.num_frames > 1 and turn.readings[:2] == [2, 2] and max(turn.readings) <= 2 + 13
+    np.testing.assert_allclose(turn.audio, codec.decode(turn.codes[None])[0, 0].numpy(), atol=1e-4)
+    clean = turn_rows(turn, model.cfg, TOKENIZER, 1)
+    assert s._state.length == before + clean.S
+    fresh = session(model, codec, GREEDY)
+    fresh.voices[0] = s.voices[0]
+    fresh.prepare(0)
+    fresh._put(turn)
+    probe = generation.text_rows(TOKENIZER.speak_prefix(1, None), model.cfg, 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(probe, state=s._state), model(probe, state=fresh._state), atol=1e-5, rtol=1e-5)
+
+
+def test_the_lead_can_be_off_and_is_the_first_thing_said_where_there_is_no_voice(model, codec):
+    s = session(model, codec)
+    first, second = s.say(0, "a long first turn, my friend."), s.say(0, "and a second one.")
+    for turn in (first, second):                                                                    # whatever the random model has read
+        turn.codes, turn.readings = torch.zeros(8, 9, dtype=torch.long), [2, 2, 4, 6, 8, 9, 11, 13, 15, 2 + len(turn.text), 2 + len(turn.text)]
+    assert s._lead(0).text in first.text and s._lead(1) is None
+    s.sampling = dataclasses.replace(SHORT, lead_seconds=0.0)
+    assert s._lead(0) is None
+    with pytest.raises(ValueError, match="--lead_seconds"):
+        SamplingConfig(lead_seconds=-1.0)
+
+
+def test_a_voice_with_text_is_followed_by_the_finger(model, codec, monkeypatch):
+    """Where nobody says how far the voice is in its text, the model's own steps do; a text that is not reached to its end is not believed."""
+    codes, step = torch.zeros(8, 6, dtype=torch.long), []
+    monkeypatch.setattr(model, "advance_logits", lambda h: torch.nn.functional.one_hot(torch.tensor(step[0]), 13).float())
+    for step[:], known in (([2], True), ([1], False)):
+        s = session(model, codec)
+        s.set_voice(0, codes=codes, text="so it goes.")
+        assert s.voices[0].readings == ([2, 2, 4, 6, 8, 10, 12, 13] if known else None)
 
 
 # ----------------------------------------------------------------------------- rows
