@@ -336,7 +336,8 @@ class Lab:
         self.num_codebooks = args.num_codebooks or None
         if self.num_codebooks and not 1 <= self.num_codebooks <= self.model.cfg.num_codebooks:
             raise ValueError(f"--num_codebooks {args.num_codebooks} must be 1..{self.model.cfg.num_codebooks}")
-        self.voices = [{"audio": audio} for audio in self.given_voices] or ([] if args.adapter else shipped_voices(ROOT / "pretrained" / "voices"))
+        self._written: dict[int, tuple] = {}                               # recordings whose words were written down
+        self.voices = [written_voice(audio) for audio in self.given_voices] or ([] if args.adapter else shipped_voices(ROOT / "pretrained" / "voices"))
 
     @staticmethod
     def find_weights(given: str, adapter: str) -> Path:
@@ -374,7 +375,9 @@ class Lab:
     def set_voice(self, session, speaker: int, planned=None) -> None:
         """The voice given for this turn, else that of --voice or of the shipped recordings, in order of appearance."""
         if planned is not None:
-            session.set_voice(speaker, audio=planned)
+            if id(planned) not in self._written:
+                self._written[id(planned)] = planned, written_voice(planned)
+            session.set_voice(speaker, **self._written[id(planned)][1])
         elif self.voices and speaker not in session.voices:
             session.set_voice(speaker, **self.voices[speaker % len(self.voices)])
 
@@ -410,6 +413,20 @@ def speakable(pieces: list[str]) -> list[str]:
         except ValueError:
             continue
     return kept
+
+
+def written_voice(audio) -> dict:
+    """A recording (N,) as generation.Session.set_voice takes it: its beginning, with what the ASR hears in it. With its words known the voice is kept best."""
+    from audio_io import SAMPLE_RATE
+    from generation import PROMPT_SECONDS
+    from text_tokenizer import normalise
+    audio = audio[:int(PROMPT_SECONDS * SAMPLE_RATE)]
+    try:
+        from evaluation_framework import transcribe
+        return {"audio": audio, "text": normalise(transcribe(audio))}
+    except (ImportError, ValueError, OSError) as error:                    # no ASR here, or nothing it can make out
+        print(f"note: the voice is used without its words ({' '.join(str(error).split())[:100]})", file=sys.stderr)
+        return {"audio": audio}
 
 
 def shipped_voices(folder: Path) -> list[dict]:

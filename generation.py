@@ -197,6 +197,10 @@ class Finger:
         self.position = min(self.position + advance, self.end)
         self.at_end += self.position == self.end
 
+    def move_on(self, advance: int, opening: int) -> None:
+        """The step after a lead: at most to where the new text begins, of which nothing was said yet."""
+        self.position = min(self.position + advance, opening)
+
     @property
     def reading(self) -> int:
         return self.position if self.guided else -1
@@ -318,8 +322,8 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
     rows, finger, shift = begin_turn(turn, lead, cfg, tokenizer, number, _device(model))
     guard = Guard(*frame_limits(cfg, sampling, finger.end - finger.position, state.limit - state.length - rows.S))
     hidden, opening = model(rows, state=state)[0, -1], finger.end - len(tokenizer.encode(turn.text))
-    if lead and finger.guided:
-        finger.move(int(model.advance_logits(hidden).argmax(-1)))
+    if lead:
+        finger.move_on(int(model.advance_logits(hidden).argmax(-1)), opening)
     frames, chunks, readings, sound = [], [], [opening, opening], None
     turn.end_reason = ""
     while not turn.end_reason:
@@ -367,8 +371,8 @@ def generate_slow(model: CSM, codec, tokenizer, context: FrameBatch | None, turn
     cfg, size = model.cfg, codec.cfg.codebook_size
     rows, finger, _ = begin_turn(turn, lead, cfg, tokenizer, number, _device(model))
     rows = join([context, rows]) if context is not None else rows
-    if lead and finger.guided:
-        finger.move(int(model.advance_logits(model(rows, memory=memory)[0, -1]).argmax(-1)))
+    if lead:
+        finger.move_on(int(model.advance_logits(model(rows, memory=memory)[0, -1]).argmax(-1)), finger.end - len(tokenizer.encode(turn.text)))
     frames, greedy = [], dataclasses.replace(sampling, temperature=0.0, depth_temperature=0.0)
     while len(frames) < int(sampling.max_seconds * cfg.frame_rate) and not finger.done:
         hidden = model(rows, memory=memory)[0, -1]
