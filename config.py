@@ -332,7 +332,7 @@ class SamplingConfig:
     """How codes are drawn. temperature 0 is greedy."""
     temperature: float = 0.5          # first codebook
     top_k: int = 30
-    depth_temperature: float = 0.7    # codebooks 2..K
+    depth_temperature: float = 0.6
     depth_top_k: int = 30
     text_temperature: float = 0.7
     max_seconds: float = 30.0         # a turn is ended here at the latest
