@@ -27,7 +27,8 @@ from pathlib import Path
 import config
 from benchmark_codec import bench_codec, codec_body
 from benchmark_tokens import bench_tokens
-from measuring import SECONDS, hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
+from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
+from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
 TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
 TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
@@ -189,117 +190,6 @@ def bench_data(args) -> tuple[dict, str]:
     if gaps:
         body += f" Gaps between turns: median {result['gaps']['median_s']:.2f} s, {100 * result['gaps']['overlapping']:.0f} % overlap."
     return result, body
-
-
-# ----------------------------------------------------------------------------- voice
-
-def load_talker(args):
-    """(model, codec, tokenizer, path of the weights)."""
-    import checkpoint
-    import runtime
-    from text_tokenizer import load_tokenizer
-    device, path = runtime.pick_device(args.device), args.checkpoint or checkpoint.default_checkpoint()
-    codec = checkpoint.load_codec(args.codec, device=device)
-    model = checkpoint.load_model(path, device=device, codec_fingerprint=codec.fingerprint)
-    return model, codec, load_tokenizer(model.cfg.tokenizer), checkpoint.find(path)
-
-
-def weights_name(path: Path) -> dict:
-    """How the measured weights can be recognised: path inside the repository and the start of their SHA-256."""
-    import hashlib
-    file = path / "model.safetensors" if path.is_dir() else path
-    shown = path.resolve().relative_to(Path(__file__).resolve().parent) if path.resolve().is_relative_to(Path(__file__).resolve().parent) else Path(path.name)
-    return {"path": shown.as_posix(), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
-
-
-def session_with_voices(talker, data, turns: list[dict], index: int, sampling):
-    """A session that has heard the latest earlier turn of each speaker as that speaker's voice, texts and reading positions known."""
-    from dataset_pipeline import consumed_bytes
-    from generation import Session
-    model, codec, tokenizer, _ = talker
-    session, size = Session(model, codec, tokenizer, sampling), codec.cfg.frame_size
-    latest = {t["custom"]["speaker_index"]: t for t in turns[:index] if SECONDS[0] <= t["duration"] <= SECONDS[1]}
-    for speaker, turn in latest.items():
-        audio = sound_of(data, turn)
-        words = (turn["custom"].get("alignment") or {}).get("words")
-        consumed = consumed_bytes(words, len(turn["text"].encode("utf-8")), -(-len(audio) // size), 1 / codec.cfg.frame_rate).tolist() if words else None
-        session.set_voice(speaker, audio=audio, text=turn["text"], consumed=consumed)
-    session.prepare(turns[index]["custom"]["speaker_index"])
-    return session
-
-
-def speak_target(talker, args, turns: list[dict], index: int, number: int) -> dict:
-    """The model says turn `index` of a conversation; judged beside the source and beside the codec's version of the source."""
-    import evaluation_framework as judge
-    import torch
-    from generation import codes_of_sound, sound_of_codes
-    model, codec, _, _ = talker
-    target = turns[index]
-    sampling = config.SamplingConfig(temperature=args.temperature, top_k=args.top_k, depth_temperature=args.depth_temperature, seed=args.seed + number)
-    session = session_with_voices(talker, args.data, turns, index, sampling)
-    made = session.say(target["custom"]["speaker_index"], target["text"], target["custom"].get("mood") if args.moods else None)
-    source, text = sound_of(args.data, target), target["text"]
-    before = sound_of(args.data, [t for t in turns[:index] if t["speaker"] == target["speaker"] and SECONDS[0] <= t["duration"] <= SECONDS[1]][-1])
-    voice = judge.speaker_embedding(before)
-    sound = torch.from_numpy(source).view(1, 1, -1).to(next(codec.parameters()).device)
-    copied = sound_of_codes(model.cfg, codec, codes_of_sound(model.cfg, codec, sound)).cpu().numpy()
-    others = [t for t in turns[:index] if t["speaker"] != target["speaker"]][-1:]
-    seconds = len(made.audio) / codec.cfg.sample_rate
-    return {"made": hear(made.audio, text, voice=voice), "source": hear(source, text, voice=voice), "codec": hear(copied, text, voice=voice),
-            "other_voice": judge.speaker_similarity(made.audio, sound_of(args.data, others[0])) if others else None, "seconds": seconds,
-            "source_seconds": len(source) / codec.cfg.sample_rate, "first_audio_ms": made.first_audio_ms, "total_ms": made.total_ms,
-            "ended": made.ended, "end_reason": made.end_reason, "audio": made.audio, "id": target["id"]}
-
-
-def bench_voice(args) -> tuple[dict, str]:
-    """Test sentences spoken by the model, each after a turn of the same character."""
-    import torch
-    from tqdm import tqdm
-    talker = load_talker(args)
-    picked = pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True)
-    with torch.inference_mode():
-        session_with_voices(talker, args.data, *picked[0], config.SamplingConfig(max_seconds=1.0)).say(0, "a warm up.")
-        rows = [speak_target(talker, args, turns, i, n) for n, (turns, i) in enumerate(tqdm(picked, desc="voice", unit="turn"))]
-    save_sounds(Path(args.save), rows, talker[1].cfg.sample_rate)
-    result = voice_result(rows) | {"weights": weights_name(talker[3]), "codec_fingerprint": talker[1].fingerprint, "device": args.device, "moods": args.moods,
-                                   "sampling": {k: getattr(args, k) for k in ("temperature", "top_k", "depth_temperature")}}
-    return result, voice_body(result)
-
-
-def voice_result(rows: list[dict]) -> dict:
-    """The numbers of the voice section from its rows."""
-    import evaluation_framework as judge
-    reasons = [r["end_reason"] for r in rows]
-    timed = [r for r in rows if r["seconds"] > 0]
-    return {"conditions": {which: summary([r[which] for r in rows]) for which in ("made", "codec", "source")}, "wer_over_source": paired(rows, "made", "source"),
-            "other_voice": judge.bootstrap_interval([r["other_voice"] for r in rows]),
-            "ended": sum(bool(r["ended"]) for r in rows), "end_reasons": {x: reasons.count(x) for x in sorted(set(reasons))},
-            "runaway": sum(r["end_reason"] in ("runaway", "max_seconds", "repeat") for r in rows),
-            "early_stop": sum(r["seconds"] < 0.6 * r["source_seconds"] for r in rows), "n": len(rows),
-            "length_ratio": judge.bootstrap_interval([r["seconds"] / r["source_seconds"] for r in rows]),
-            "real_time_factor": percentiles([r["total_ms"] / 1000 / r["seconds"] for r in timed]), "first_audio_ms": percentiles([r["first_audio_ms"] for r in timed])}
-
-
-def voice_body(result: dict) -> str:
-    names = {"made": "**the model**", "codec": "codec only (the source through the model's codebooks)", "source": "source TTS"}
-    body = table(["speech", "turns", "word error", "turns more than half wrong", "DistillMOS", "voice, cosine to an earlier turn"],
-                 [[names[k], str(s["n"]), show(s["wer"], 2, True), str(s["over_half_wrong"]), show(s.get("mos")), show(s.get("voice"))] for k, s in result["conditions"].items()])
-    rtf, first, n = result["real_time_factor"], result["first_audio_ms"], result["n"]
-    reasons = ", ".join(f"{k} {v}" for k, v in result["end_reasons"].items())
-    return body + (f"\n\nWeights `{result['weights']['path']}` ({result['weights']['sha256']}). Ended by themselves {result['ended']} of {n} ({reasons}); runaway {result['runaway']}, "
-                   f"shorter than 0.6 of the source {result['early_stop']}; word error above the source by {show(result['wer_over_source'], 2, True)}; length against the source {show(result['length_ratio'])}. Cosine of the made voice to the other character "
-                   f"{show(result['other_voice'])}. Real-time factor {show(rtf['p50'])} (p95 {show(rtf['p95'])}); first sound after {show(first['p50'], 0)} ms (p95 {show(first['p95'], 0)}).")
-
-
-def save_sounds(folder: Path, rows: list[dict], rate: int) -> None:
-    """What was said, to listen to, with what was heard beside it."""
-    import audio_io
-    import runtime
-    for row in rows:
-        if len(row["audio"]):
-            audio_io.write_audio(folder / f"{row['id']}.wav", row["audio"], rate)
-    plain = [{k: v for k, v in row.items() if k != "audio"} for row in rows]
-    runtime.atomic_write(folder / "turns.jsonl", "".join(json.dumps(rounded(row), ensure_ascii=False) + "\n" for row in plain))
 
 
 # ----------------------------------------------------------------------------- speed
@@ -502,6 +392,9 @@ def build_parser() -> config.Parser:
         if name == "voice":
             config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
             part.add_argument("--moods", action="store_true", help="give the mood of each turn")
+            part.add_argument("--sets", type=int, default=SETS, help=f"utterances of each special set (numbers, names, ...); 0: none; default {SETS}")
+            part.add_argument("--long", type=int, default=LONG, help=f"turns of the long conversation; 0: none; default {LONG}")
+            part.add_argument("--listen", type=int, default=LISTEN, help=f"turns that the model writes down; 0: none; default {LISTEN}")
         if name in ("voice", "inspect"):
             part.add_argument("--save", default=f"outputs/benchmark/{name}", help=f"folder for what was {'said' if name == 'voice' else 'drawn'}; default outputs/benchmark/{name}")
         if name == "train":

@@ -192,16 +192,6 @@ def test_codec_bench_on_peoples_recordings(data, weights, tmp_path, judges, peer
     assert next(bar for bar in result["bars"] if bar["what"] == "human: voice, cosine to the input")["met"] is not None
 
 
-def test_voice_bench(data, weights, tmp_path, judges, capsys):
-    result = run(capsys, "voice", "--data", data, "--codec", weights / "codec", "--checkpoint", weights / "nano", "--turns", 2,
-                 "--results", tmp_path / "R.md", "--save", tmp_path / "wavs")
-    assert result["n"] == 2 and sum(result["end_reasons"].values()) == 2 and result["ended"] + result["runaway"] <= 2
-    assert set(result["conditions"]) == {"made", "codec", "source"} and result["real_time_factor"]["p50"] > 0 and result["first_audio_ms"]["p95"] > 0
-    rows = [json.loads(line) for line in (tmp_path / "wavs" / "turns.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and all((tmp_path / "wavs" / f"{row['id']}.wav").exists() == (row["seconds"] > 0) for row in rows)
-    assert rows[0]["source_seconds"] == pytest.approx(1.2)
-
-
 def test_speed_bench_accounts_for_all_of_the_time(data, weights, tmp_path, capsys):
     result = run(capsys, "speed", "--data", data, "--codec", weights / "codec", "--checkpoint", weights / "nano", "--turns", 2, "--results", tmp_path / "R.md")
     stages = result["ms_per_frame"]
