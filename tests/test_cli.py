@@ -45,6 +45,7 @@ COMMANDS = {
     "python demo.py --mode test": ("--max_seconds 0.5 --output outputs/test", ""),
     "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
     "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
+    "python collect_data.py --target_hours 1 --texts my_texts.txt --output data/readings": ("--target_hours 0.004 --engine hibari --workers 1", ""),
     "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
     "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
     "python config.py": ("", ""),
@@ -69,7 +70,7 @@ COMMANDS = {
     "python benchmark.py data": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py tokens": ("--turns 2 --train_turns 20 --probe_turns 2 --steps 3 --model_steps 10 --results outputs/R.md", ""),
-    "python benchmark.py voice": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
@@ -134,6 +135,7 @@ def house(tmp_path_factory) -> Path:
     import audio_io
     voice = audio_io.read_audio(next((folder / "data/synthetic").rglob("*.flac")))
     audio_io.write_audio(folder / "my_voice.wav", voice)
+    (folder / "my_texts.txt").write_text("".join(f"The bus number {n} leaves at {n} past seven today.\n" for n in range(300)))
     (folder / "my_recordings").mkdir()
     for name in ("one_ann", "two_ann", "three_bob"):
         audio_io.write_audio(folder / "my_recordings" / f"{name}.wav", voice)
