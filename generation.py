@@ -613,7 +613,10 @@ class Session:
         tokens = len(self.tokenizer.speak_prefix(speaker, mood)) + len(self.tokenizer.encode(turn.text)) + 1
         seconds, lead = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens), self._lead(speaker)
         heard = lead.num_frames + len(self.tokenizer.encode(lead.text)) + 1 if lead else 0
-        self._room(tokens + heard + math.ceil(seconds * self.model.cfg.frame_rate) + 1)
+        needed = tokens + heard + math.ceil(seconds * self.model.cfg.frame_rate) + 1
+        self._room(needed)
+        if self._state.length + needed > self._state.limit:          # rather in another voice than cut short
+            lead = None
         return self._speak(turn, start, lead)
 
     def _speak(self, turn: Turn, start: float, lead: Lead | None) -> Iterator[np.ndarray]:

@@ -154,6 +154,18 @@ def test_the_lead_can_be_off_and_is_the_first_thing_said_where_there_is_no_voice
         SamplingConfig(lead_seconds=-1.0)
 
 
+def test_without_room_there_is_no_lead(model, codec, monkeypatch):
+    """A window that the turn alone fills: the lead is given up, not the turn."""
+    used = []
+    monkeypatch.setattr(generation, "stream_turn", lambda *a, inner=generation.stream_turn, **k: used.append(a[-1]) or inner(*a, **k))
+    for positions, there in ((512, True), (130, False)):
+        small = make_model(backbone=dataclasses.replace(model.cfg.backbone, max_positions=positions))
+        s = session(small, codec, SamplingConfig(max_seconds=6.0))
+        s.voices[0] = spoken("oh well now.", [2, 3, 5, 6, 8, 9, 11, 12])
+        s.say(0, "who is it that is there?")
+        assert (used[-1] is not None) == there and s.turns[-1].num_frames
+
+
 def test_a_voice_with_text_is_followed_by_the_finger(model, codec, monkeypatch):
     """Where nobody says how far the voice is in its text, the model's own steps do; a text that is not reached to its end is not believed."""
     codes, step = torch.zeros(8, 6, dtype=torch.long), []
