@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from discriminators import Adversary, Discriminators, adversarial_loss, discriminator_loss, feature_loss
+from discriminators import Adversary, Discriminators, adversarial_loss, discriminator_loss, feature_loss, set_rate
 
 
 def sounds(seed=0, batch=2, n=9600):
@@ -48,11 +48,12 @@ def test_one_pass_gives_the_gradients_of_two():
 def test_they_learn_to_tell_and_the_sound_learns_to_pass():
     torch.manual_seed(0)
     adversary, generator = Adversary(4, False, 0.2, 24000), torch.Generator().manual_seed(0)
+    set_rate(adversary.optimizer, 3e-3)
     before = [p.detach().clone() for p in adversary.nets.parameters()]
     for step in range(25):
         fake, real = sounds(step)
         _, metrics = adversary.judge(fake.requires_grad_(), real, generator)
-        adversary.update(3e-3)
+        adversary.update()
     assert metrics["told_apart"] > 0.9 and metrics["discriminator"] < 0.3
     assert all(not torch.equal(a, b) for a, b in zip(before, adversary.nets.parameters()))
     fake, real = sounds(99)
@@ -78,11 +79,11 @@ def test_state_goes_round_and_another_size_is_refused():
     fake, real = sounds()
     one, other = Adversary(4, False, 0.2, 24000), Adversary(4, False, 0.2, 24000)
     one.judge(fake.requires_grad_(), real, torch.Generator())
-    one.update(1e-3)
+    one.update()
     other.load_state_dict(copy.deepcopy(one.state_dict()))
     for adversary in (one, other):
         adversary.judge(fake, real, torch.Generator().manual_seed(0))
-        adversary.update(1e-3)
+        adversary.update()
     assert all(torch.equal(a, b) for a, b in zip(one.nets.parameters(), other.nets.parameters()))
     with pytest.raises(ValueError, match="--discriminator_width"):
         Adversary(8, False, 0.2, 24000).load_state_dict(one.state_dict())
