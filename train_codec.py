@@ -25,7 +25,7 @@ from pathlib import Path
 from config import CodecConfig, CodecTrainConfig, Parser, add_flags, from_flags
 
 # semantic and acoustic codebooks of the crops that are decoded from fewer: few alone, as models use them, and half of all
-TRUNCATIONS = ((1, 0), (1, 0), (2, 0), (2, 0), (2, 0), (2, 0), (2, 0), (4, 0), (4, 0), (8, 0), (8, 0), (10, 0), (3, 9), (3, 9), (3, 9), (3, 9), (3, 9), (10, 6), (10, 6), (6, 12))
+TRUNCATIONS = ((1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (2, 0), (4, 0), (4, 0), (8, 0), (8, 0), (10, 0), (3, 4), (3, 9), (3, 9), (3, 9), (3, 9), (3, 9), (10, 6), (10, 6), (6, 12))
 ALONE_WEIGHT = 0.3              # of the spectral losses where no acoustic code says who speaks: they would ask for the mean of all voices
 ACOUSTIC_ERRORS = 0.3           # share of the semantic side's exchanged codes: acoustic ones are foretold better
 PHONE_LEVELS = (1, 2, 10)       # partial sums from which phones are read in training
