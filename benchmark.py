@@ -283,6 +283,7 @@ def count_tensors(path: Path) -> tuple[int, float]:
 
 def training_table(about: dict, metrics: list[dict], collections: list[dict], run: dict, besides: str = "") -> str:
     """What is known of the training; what is not is said to be not measured. besides: data that is no collection, in words."""
+    import runtime
     last = last_values(metrics)
 
     def known(value, form="{:,}"):
@@ -293,7 +294,8 @@ def training_table(about: dict, metrics: list[dict], collections: list[dict], ru
     steps = about.get("step") or about.get("steps") or run.get("steps") or last.get("step")
     minutes = about.get("minutes") or run.get("minutes") or last.get("minutes")
     rows = [["data", (f"{hours:.1f} h of synthetic conversations" if hours else "not measured") + (f" ({shares})" if shares else "")],
-            *([["besides", besides]] if besides else []), ["steps", known(steps)], ["time", known(minutes and minutes / 60, "{:.1f} h")],
+            *([["sentences read", ", ".join(texts)]] if (texts := sorted({c["texts"] for c in collections if c.get("texts")})) else []),
+            *([["besides", besides]] if besides else []), ["steps", known(steps)], ["time", "not measured" if not minutes else runtime.human_time(60 * minutes)],
             ["machine", f"{run['cpu']}, {run['cores']} cores" + (f", {run['gpu']}" if run.get("gpu") else "") if run.get("cpu") else "not measured"],
             ["last losses", ", ".join(f"{k} {v:.3f}" for k, v in losses.items()) or "not measured"]]
     return table(["training", ""], rows)

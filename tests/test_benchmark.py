@@ -214,11 +214,11 @@ def test_cards_say_only_what_is_known(weights, tmp_path, capsys):
 def test_cards_use_results_of_the_same_weights_only(data, weights, tmp_path, judges, peers, capsys):
     run(capsys, "codec", "--data", data, "--codec", weights / "codec", "--turns", 2, "--results", tmp_path / "R.md")
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "minutes": 30, "mel": 0.5, "phones": 1.25}\n')
-    (tmp_path / "collection.json").write_text('{"hours": 2.5, "engine_shares": {"hibari": 0.9, "kokoro": 0.1}}')
+    (tmp_path / "collection.json").write_text('{"hours": 2.5, "engine_shares": {"hibari": 0.9, "kokoro": 0.1}, "texts": "my_texts.txt"}')
     flags = ("card", "--kind", "codec", "--folder", weights / "codec", "--metrics", tmp_path / "metrics.jsonl", "--collection", tmp_path / "collection.json", "--results", tmp_path / "R.md")
     run(capsys, *flags)
     card = (weights / "codec" / "README.md").read_text()
-    assert "| first 2 |" in card and "2.5 h" in card and "kokoro 10 %" in card and "| steps | 10 |" in card and "0.5 h" in card and "phones 1.250" in card
+    assert "| first 2 |" in card and "2.5 h" in card and "kokoro 10 %" in card and "| steps | 10 |" in card and "30 min 0 s" in card and "| sentences read | my_texts.txt |" in card and "phones 1.250" in card
     (tmp_path / "R.md").write_text((tmp_path / "R.md").read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     run(capsys, *flags)
     assert "Not measured with these weights" in (weights / "codec" / "README.md").read_text()
