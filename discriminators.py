@@ -113,7 +113,7 @@ class PhoneListener(nn.Module):
 
     def __init__(self, phones: int, slot_size: int, filters: Tensor, width: int = 192):
         super().__init__()
-        self.fft, self.hop, self.stride = 2 * (len(filters) - 1), slot_size // 2, 2
+        self.fft, self.hop = 2 * (len(filters) - 1), slot_size // 2
         self.register_buffer("window", torch.hann_window(self.fft), persistent=False)
         self.register_buffer("filters", filters, persistent=False)
         self.enter = nn.Conv1d(filters.shape[1], width, 5, padding=2)

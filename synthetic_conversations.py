@@ -11,6 +11,7 @@ their ONNX graphs; they are read out, so phone and word times are true, not esti
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -111,7 +112,11 @@ def readings(path: str) -> dict[str, list[str]]:
     word of the lexicon that the dialogues do not use. A .json file is such a result, written down. ValueError for a missing or empty file.
     """
     if path.endswith(".json"):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if isinstance(found, dict) and all(isinstance(found.get(split), list) and found[split] for split in SPLITS):
+                return found
+        raise ValueError(f"{path} holds no sifted sentences: give a text file with one sentence a line with --texts")
     held_out = dialogues()["validation"] + dialogues()["test"]
     marks = set().union(*(_marks(t["text"]) for d in held_out for t in d["turns"]))
     common = {w for d in dialogues()["train"] for t in d["turns"] for w in re.findall(r"[a-z']+", t["text"].lower())}
@@ -136,7 +141,7 @@ def _lines(path: Path) -> list[str]:
             return [text for gloss in glosses for text in (re.sub(r"\([^)]*\)", " ", re.split(r'; "', gloss)[0]), *re.findall(r'"([^"]+)"', gloss))]
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} ({error}): give a text file in UTF-8 with --texts") from None
 
 

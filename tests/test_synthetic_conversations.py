@@ -1,4 +1,5 @@
 """Texts, splits, characters, moods, speech and its phone times."""
+import gzip
 import json
 import re
 import statistics
@@ -192,7 +193,12 @@ def test_sentences_to_read_keep_to_their_split(tmp_path):
     (folder / "data.verb").write_text("".join(f'000 v | (of a bus) to be late by {k} minutes; "the bus came {k} minutes late"  \n' for k in range(300)), encoding="utf-8")
     lines = [line for split in sc.readings(str(folder)).values() for line in split]
     assert "To be late by seven minutes." in lines and "The bus came seven minutes late." in lines and len(lines) == 600
-    for wrong in (tmp_path / "nothing.txt", tmp_path):
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "torn.json").write_text("{")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
+    (tmp_path / "bytes.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.txt").write_text("")
+    for wrong in (tmp_path / name for name in ("nothing.txt", "", "list.json", "torn.json", "none.json", "torn.txt.gz", "bytes.txt", "empty.txt")):
         with pytest.raises(ValueError, match="--texts"):
             sc.readings(str(wrong))
 
