@@ -118,8 +118,8 @@ def write_json(path, value) -> Path:
 def pick_device(name: str = "auto"):
     """"auto" | "cpu" | "cuda" | "cuda:1" | "mps" -> torch.device. ValueError when that device is not here.
 
-    Attention is left to PyTorch's own kernels: cuDNN, which it prefers on an H100, spends tens to hundreds of milliseconds on a plan for every new
-    shape (pytorch pull request 155958), and no two batches, nor two positions of a conversation, have the same.
+    Attention is left to PyTorch's own kernels: cuDNN, which it prefers on an H100, is reported to plan anew for every new shape, and no two
+    batches, nor two positions of a conversation, have the same.
     """
     import torch
     torch.backends.cuda.enable_cudnn_sdp(False)

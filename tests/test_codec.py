@@ -385,6 +385,20 @@ def test_recordings_have_their_share(data, tmp_path):
     assert plain.recorded == pytest.approx(3 / len(plain.sound.lengths))
 
 
+def test_crops_in_nobodys_voice_count_less(data, tmp_path, monkeypatch):
+    """Spectral losses: a mean over the crops in which those without acoustic codes weigh ALONE_WEIGHT."""
+    cfg = settings(data, tmp_path, batch=4)
+    run, rows = train_codec.Run(cfg, TINY), []
+    monkeypatch.setattr(train_codec, "draw_truncation", lambda *a: torch.tensor([[2, 2, 1, 2], [4, 0, 0, 4]]))
+    inner = run.spectral.forward
+    monkeypatch.setattr(run.spectral, "forward", lambda *a: rows.append(inner(*a)) or rows[-1])
+    losses, *_ = train_codec.codec_losses(run.codec, run.reader, run.spectral, run.batch(), cfg, run.generator, (True, True))
+    weight = torch.tensor([1.0, train_codec.ALONE_WEIGHT, train_codec.ALONE_WEIGHT, 1.0])
+    assert train_codec.ALONE_WEIGHT < 0.5
+    for name, row in zip(("mel", "stft"), rows[0]):
+        assert row.shape == (4,) and torch.allclose(losses[name], (weight * row).sum() / weight.sum()) and not torch.allclose(losses[name], row.mean())
+
+
 def test_roughened_rows_are_narrower_or_noisier():
     tone = torch.sin(torch.arange(24000) * (2 * np.pi * 11000 / 24000)).expand(40, -1) * 0.5 + torch.sin(torch.arange(24000) * (2 * np.pi * 500 / 24000)) * 0.5
     assert torch.equal(codec_data.roughen(tone, np.random.default_rng(0), np.zeros(40)), tone)
