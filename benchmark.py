@@ -88,7 +88,7 @@ def corrupt(audio, kind: str, rng):
 
 def bench_judges(args) -> tuple[dict, str]:
     """Natural turns against corrupted ones, wrong transcripts, and other voices."""
-    import evaluation_framework as judge
+    import judges as judge
     import numpy as np
     from tqdm import tqdm
     rng, rows, voices = np.random.default_rng(args.seed), {"as it is": [], "noise": [], "pieces": []}, []

@@ -265,7 +265,7 @@ class Bench:
 
     def add(self, text: str, audio) -> None:
         """All versions of one sound (N,) at 24 kHz, judged."""
-        import evaluation_framework as judge
+        import judges as judge
         import torch
         voice = judge.speaker_embedding(audio)
         self.rows["input"].append(hear(audio, text))
@@ -316,7 +316,7 @@ class Bench:
 def bench_codec(args) -> tuple[dict, str]:
     """Test turns, and people's recordings, through the first codebooks, through all, and through other codecs."""
     import checkpoint
-    import evaluation_framework as judge
+    import judges as judge
     import runtime
     import torch
     from tqdm import tqdm

@@ -81,7 +81,7 @@ def probe_batches(vectors: list, texts: list[str], steps: int, seed: int):
 
 def read_text(codec, train: list, test: list, group: str, steps: int, seed: int) -> dict:
     """Train a probe on one group of codebooks; character error on the test turns, with interval, and its training loss."""
-    import evaluation_framework as judge
+    import judges as judge
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm

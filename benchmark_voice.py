@@ -104,7 +104,7 @@ def silence_at_end(audio, rate: int) -> float:
 
 def stopped_early(heard: dict, seconds: float, source_seconds: float | None) -> bool:
     """Over MISSING of the words were not heard; of a text of a few words that counts only where the sound is also shorter than SHORT of the source."""
-    import evaluation_framework as judge
+    import judges as judge
     found = judge.word_errors(heard["said"], heard["heard"])
     short = source_seconds is not None and seconds < SHORT * source_seconds
     return found["deletions"] > MISSING * found["words"] and (found["words"] >= FEW_WORDS or short)
@@ -118,7 +118,7 @@ def faults_of(made: dict, heard: dict, source_seconds: float | None, rate: int) 
 
 def count_faults(rows: list[dict]) -> dict:
     """How many utterances have which fault, how many have any, and the share of these with its interval."""
-    import evaluation_framework as judge
+    import judges as judge
     any_ = [any(r["faults"].values()) for r in rows]
     return {"n": len(rows)} | {name: sum(r["faults"][name] for r in rows) for name in FAULTS} | {"any": sum(any_), "share": judge.bootstrap_interval([float(x) for x in any_])}
 
@@ -127,14 +127,14 @@ def count_faults(rows: list[dict]) -> dict:
 
 def cosines(audio, own, other) -> dict:
     """Cosines of the voice of audio (N,) to two embeddings (256,) or None: its own character's and the other one's."""
-    import evaluation_framework as judge
+    import judges as judge
     voice = judge.speaker_embedding(audio)
     return {"voice": judge.speaker_similarity(voice, own), "other": judge.speaker_similarity(voice, other)}
 
 
 def told_apart(own: list, other: list, draws: int = 2000, seed: int = 0) -> dict:
     """How surely a cosine to the own character exceeds one to the other character (area under the ROC curve), with its bootstrap interval over utterances."""
-    import evaluation_framework as judge
+    import judges as judge
     import numpy as np
     pairs = [pair for pair in zip(own, other) if None not in pair]
     own, other, n = [a for a, _ in pairs], [b for _, b in pairs], len(pairs)
@@ -149,7 +149,7 @@ def told_apart(own: list, other: list, draws: int = 2000, seed: int = 0) -> dict
 
 def speak_target(talker, args, turns: list[dict], index: int, number: int) -> dict:
     """The model says turn `index` of a conversation; judged beside the source and beside the codec's version of the source."""
-    import evaluation_framework as judge
+    import judges as judge
     import torch
     from generation import codes_of_sound, sound_of_codes
     model, codec, _, _ = talker
@@ -169,7 +169,7 @@ def speak_target(talker, args, turns: list[dict], index: int, number: int) -> di
 
 def main_result(rows: list[dict]) -> dict:
     """The numbers of the main set from its rows."""
-    import evaluation_framework as judge
+    import judges as judge
     reasons = [r["end_reason"] for r in rows]
     timed = [r for r in rows if r["seconds"] > 0]
     drops = [None if None in (r["made"]["mos"], r["source"]["mos"]) else r["source"]["mos"] - r["made"]["mos"] for r in rows]
@@ -317,7 +317,7 @@ def long_rows(talker, args, picked) -> list[dict]:
     voice: cosine of a turn to the first turn of its character (None for that one). total_ms holds everything from the text being
     known to the last sound, refilling the window included. The texts are those of the split's dialogues, in order.
     """
-    import evaluation_framework as judge
+    import judges as judge
     from dataset_pipeline import read_supervisions
     from tqdm import tqdm
     place = next(((turns, i) for turns, i in picked if len(contexts(turns, i)) == 2), None)
@@ -365,7 +365,7 @@ def slope(places: list, values: list, draws: int = 2000, seed: int = 0) -> dict:
 
 def long_result(rows: list[dict]) -> dict | None:
     """Whether the voice drifts and whether turns take longer, from the rows of the long conversation."""
-    import evaluation_framework as judge
+    import judges as judge
     if not rows:
         return None
     later = [(n, r["voice"]) for n, r in enumerate(rows) if r["voice"] is not None]

@@ -422,7 +422,7 @@ def written_voice(audio) -> dict:
     from text_tokenizer import normalise
     audio = audio[:int(PROMPT_SECONDS * SAMPLE_RATE)]
     try:
-        from evaluation_framework import transcribe
+        from judges import transcribe
         return {"audio": audio, "text": normalise(transcribe(audio))}
     except (ImportError, ValueError, OSError) as error:                    # no ASR here, or nothing it can make out
         print(f"note: the voice is used without its words ({' '.join(str(error).split())[:100]})", file=sys.stderr)

@@ -69,14 +69,14 @@ def sound_of(data, turn: dict):
 
 def hear(audio, text: str, mos: bool = True, voice=None) -> dict:
     """One judged utterance: said, heard, mos, and the voice's cosine to the embedding `voice`."""
-    import evaluation_framework as judge
+    import judges as judge
     row = {"said": text, "heard": judge.transcribe(audio), "mos": judge.distill_mos(audio) if mos else None}
     return row if voice is None else row | {"voice": judge.speaker_similarity(audio, voice)}
 
 
 def summary(rows: list[dict]) -> dict:
     """Corpus word error with interval, means of what else was judged, count of utterances more than half wrong."""
-    import evaluation_framework as judge
+    import judges as judge
     said, heard = [r["said"] for r in rows], [r["heard"] for r in rows]
     rate = judge.word_error_rate(said, heard)
     out = {"n": len(rows), "words": rate["words"], "wer": judge.word_error_interval(said, heard), "over_half_wrong": rate["over_half"],
@@ -96,7 +96,7 @@ def percentiles(values: list) -> dict:
 
 def paired(rows: list[dict], one: str, other: str) -> dict:
     """Word error of `one` minus that of `other` on the same sentences, with its interval."""
-    import evaluation_framework as judge
+    import judges as judge
 
     def errors(row):
         found = judge.word_errors(row["said"], row["heard"])

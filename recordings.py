@@ -1,7 +1,7 @@
 """A folder of one person's recordings -> data to train on: cut, written down, collected, tokenised.
 
 What train.py does by itself when --data names such a folder. NAME.txt beside NAME.wav is taken as what is said; where
-there is none, the recogniser of evaluation_framework writes it. It also says when each word is spoken, which is how the
+there is none, the recogniser of `judges.py` writes it. It also says when each word is spoken, which is how the
 model learns where in the text a voice is. Nothing is written into the folder itself: the work lies in FOLDER-prepared.
 """
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import collect_data
-import evaluation_framework
+import judges
 from audio_io import SAMPLE_RATE, read_audio, resample, write_audio
 from checkpoint import load_codec
 from dataset_pipeline import SPLITS, tokenise
@@ -48,8 +48,8 @@ def cut(audio: np.ndarray, longest: float = LONGEST) -> list[np.ndarray]:
 
 def heard_words(audio: np.ndarray) -> list[tuple[str, float, float]]:
     """What the recogniser hears: (word, start, end in seconds)."""
-    sound = resample(evaluation_framework.as_audio(audio), SAMPLE_RATE, evaluation_framework.JUDGE_RATE)
-    segments, _ = evaluation_framework.load_asr().transcribe(sound, language="en", beam_size=5, temperature=0.0, condition_on_previous_text=False, word_timestamps=True)
+    sound = resample(judges.as_audio(audio), SAMPLE_RATE, judges.JUDGE_RATE)
+    segments, _ = judges.load_asr().transcribe(sound, language="en", beam_size=5, temperature=0.0, condition_on_previous_text=False, word_timestamps=True)
     return [(word.word.strip(), float(word.start), float(word.end)) for segment in segments for word in segment.words]
 
 

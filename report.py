@@ -96,7 +96,7 @@ def spectrogram_png(audio, rate: int, width: int = 640, height: int = 120) -> by
 def pitch_svg(audio, rate: int) -> str:
     """Pitch as an SVG overlay, stretched over the spectrogram; "" where there is none to see."""
     import numpy as np
-    import evaluation_framework as judge
+    import judges as judge
     if judge.unjudgeable(audio, rate):
         return ""
     times, f0 = judge.pitch_track(audio, rate)
@@ -174,7 +174,7 @@ def read_steps(folder: Path) -> list[dict]:
 def judge_turn(turn: dict, folder: Path, judging: bool, asr: str) -> dict:
     """A turn of results.json with its sound, real-time factor, and what the judges say."""
     import audio_io
-    import evaluation_framework as judge
+    import judges as judge
     turn = dict(turn)
     path = folder / turn["audio"] if turn.get("audio") else None
     turn["sound"] = audio_io.read_audio(path) if path and path.is_file() else None
@@ -209,7 +209,7 @@ def judge_demo(folder: Path, judging: bool = True, asr: str = "tiny.en") -> dict
 
 def voice_table(turns: list[dict]) -> list[list[float | None]]:
     """Cosine between the voices of all turns."""
-    import evaluation_framework as judge
+    import judges as judge
     return [[judge.speaker_similarity(a.get("voice"), b.get("voice")) for b in turns] for a in turns]
 
 
@@ -228,7 +228,7 @@ def voice_means(conversations: list[dict]) -> tuple[float | None, float | None]:
 
 def summarise(results: dict | None) -> dict:
     """The numbers of the head of the page; None where not measured."""
-    import evaluation_framework as judge
+    import judges as judge
     import numpy as np
     if results is None:
         return {}
@@ -290,7 +290,7 @@ def player(audio, rate: int, height: int = 120, label: str = "", width: int = 64
 
 def heard_html(said: str | None, heard: str | None) -> str:
     """What the ASR heard, with every difference marked."""
-    import evaluation_framework as judge
+    import judges as judge
     if heard is None:
         return ""
     if not said:

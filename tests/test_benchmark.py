@@ -16,7 +16,7 @@ TEXTS = ["we are going home now", "it was a long day", "please bring the soup", 
 @pytest.fixture
 def judges(monkeypatch):
     """Every second utterance is heard with one word wrong; voices are told by the loudness."""
-    import evaluation_framework as judge
+    import judges as judge
     said = []
 
     def transcribe(audio, rate=24000, asr="tiny.en"):
@@ -165,8 +165,8 @@ def test_codec_bench(data, weights, tmp_path, judges, peers, capsys):
     assert list(result["conditions"]) == ["input", "1", "2", "4", "8", "mixed", "codec2", "opus"] and len(judges) == 21 and result["human"] is None
     assert result["times_real_time"]["both"] > 0 and len(result["codebooks"]["entropy"]) == 8 and result["codebooks"]["source"] == "the turns above"
     said = [t[i]["text"] for t, i in benchmark.pick_turns(data, "test", 3, 0)]
-    import evaluation_framework
-    assert result["conditions"]["1"]["wer"]["mean"] == pytest.approx(evaluation_framework.word_error_rate(said, [TEXTS[0]] * 3)["wer"], abs=1e-4)
+    import judges
+    assert result["conditions"]["1"]["wer"]["mean"] == pytest.approx(judges.word_error_rate(said, [TEXTS[0]] * 3)["wer"], abs=1e-4)
     assert result["conditions"]["4"]["bits_per_second"] == pytest.approx(4 * 6 * 12.5) and result["conditions"]["opus"]["bits_per_second"] == pytest.approx(8000 / 1.2, rel=1e-3)
     assert result["conditions"]["opus"]["voice"]["mean"] == pytest.approx(1.0) and result["conditions"]["opus"]["wer_over_input"]["mean"] == 0
     assert result["conditions"]["codec2"] == {"missing": "not installed (c2enc)"}

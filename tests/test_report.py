@@ -28,7 +28,7 @@ def turn(speaker, text, audio, **more):
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     """A single turn and a conversation; the ASR is a table so that the test says what was heard."""
-    import evaluation_framework as judge
+    import judges as judge
     texts = iter(["good morning", "how were you", "", "i am fine"])
     monkeypatch.setattr(judge, "transcribe", lambda audio, rate, asr="tiny.en": next(texts))
     monkeypatch.setattr(judge, "distill_mos", lambda audio, rate: 3.5)

@@ -5,7 +5,7 @@ Whisper tiny.en (words), Resemblyzer (voice), DistillMOS (naturalness), WORLD (p
 Audio is mono: numpy or torch, any shape that squeezes to (N,), at `rate` Hz. Audio that cannot be judged
 (silent, too short, not finite) scores None, never NaN; `unjudgeable(audio)` says why.
 
-    from evaluation_framework import transcribe, word_error_rate, distill_mos
+    from judges import transcribe, word_error_rate, distill_mos
     heard = transcribe(audio, 24000)
     print(word_error_rate(["what was said"], [heard])["wer"], distill_mos(audio, 24000))
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluation_framework as judge
+import judges as judge
 
 RATE = judge.RATE
 SENTENCES = ("The weather is lovely today, so we are going to the park.", "Could you bring twenty five apples from the market?")
@@ -150,6 +150,6 @@ def test_a_missing_judge_is_a_plain_error(monkeypatch):
 
 
 def test_import_is_light():
-    code = "import sys, evaluation_framework; print(sorted({'torch', 'librosa', 'faster_whisper', 'architecture', 'rvq_tokenizer'} & set(sys.modules)))"
+    code = "import sys, judges; print(sorted({'torch', 'librosa', 'faster_whisper', 'architecture', 'rvq_tokenizer'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(judge.__file__).parent)
     assert out.stdout.strip() == "[]" and not out.stderr
