@@ -13,6 +13,7 @@ import os
 import threading
 from typing import Iterator
 
+CANDIDATES = 3               # written replies that the text head chooses from: each costs a pass of the model before the first sound
 KINDS = "retrieval, model, command, hf:FOLDER or openai:URL"
 SYSTEM = "You are a friendly voice assistant. Answer in one to three short spoken sentences, in plain words, without lists, symbols or emoji."
 REPLY_TOKENS = 120
@@ -49,7 +50,7 @@ class Lines:
 
     def __init__(self, kind: str, command: str = ""):
         from demo import Responder
-        self.kind, self._responder, self._lock = kind, Responder(kind, command), threading.Lock()
+        self.kind, self._responder, self._lock = kind, Responder(kind, command, CANDIDATES), threading.Lock()
         self.on_model = kind != "command"        # whether it computes on the speech model, which others want as well
 
     def warm(self) -> None:

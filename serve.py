@@ -81,9 +81,9 @@ def make_server(app, cfg: ServeConfig):
             if self.closing_since is not None and (not house.busy or time.monotonic() - self.closing_since > cfg.grace_seconds):
                 self.should_exit = True
             return await super().on_tick(counter)
-    size = int(1.4e6 * cfg.max_body_mb)
+    size, connections = int(1.4e6 * cfg.max_body_mb), 64 + 4 * (cfg.max_sessions + cfg.queue)
     return Server(uvicorn.Config(app, host=cfg.host, port=cfg.port, log_level="warning", access_log=False, server_header=False, ws="websockets-sansio", ws_max_size=size,
-                                 ws_ping_interval=20, ws_ping_timeout=20, timeout_keep_alive=15, h11_max_incomplete_event_size=32_768, timeout_graceful_shutdown=5, lifespan="on"))
+                                 ws_ping_interval=20, ws_ping_timeout=20, timeout_keep_alive=15, h11_max_incomplete_event_size=32_768, timeout_graceful_shutdown=5, limit_concurrency=connections, lifespan="on"))
 
 
 def announce(server, app, cfg: ServeConfig, key: str) -> None:

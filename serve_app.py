@@ -13,6 +13,7 @@ import binascii
 import contextlib
 import json
 import logging
+import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from live import Closed
 from runtime import ROOT
 from serve_limits import Places, Rates, Refused, bearer, host_allowed, origin_allowed, same_key
 from service import Service, mood_of
-from speech_formats import MEDIA, Encoder, decode, from_pcm
+from speech_formats import MEDIA, Encoder, decode, from_pcm, wav_header
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")          # without a key, as everything under /static/
 START_SECONDS = 10.0               # for the first message of a conversation, the key included
@@ -163,7 +164,7 @@ class Gate:
             await refusal(error)(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.house.metrics.requests.labels(route, status["status"]).inc()
+            self.house.metrics.requests.labels(route, status["status"] or scope["type"]).inc()
 
     def _check(self, scope, headers: dict) -> None:
         cfg, path, host = self.house.cfg, scope["path"], headers.get("host", "")
@@ -187,12 +188,17 @@ class Gate:
         return int(1e6 * self.house.cfg.max_body_mb)
 
     def _measured(self, receive):
-        count = 0
+        """Counts the body, and does not wait for ever for the rest of it."""
+        count, more = 0, True
 
         async def receiving():
-            nonlocal count
-            message = await receive()
+            nonlocal count, more
+            try:
+                message = await asyncio.wait_for(receive(), self.house.cfg.stall_seconds if more else None)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, "the rest of the body did not come: send it again") from None
             count += len(message.get("body", b""))
+            more = message.get("more_body", False)
             if count > self._most:
                 raise HTTPException(413, f"the body is larger than {self.house.cfg.max_body_mb:g} MB: send less")
             return message
@@ -322,7 +328,10 @@ def collect(house: House, spoken, form: str) -> tuple[bytes, int, float | None]:
                 house.metrics.first_audio.labels("request").observe(first / 1000)
             samples += len(piece)
             data += encoder.feed(piece)
-        return data + encoder.finish(), samples, first
+        data += encoder.finish()
+        if form == "wav":                                        # now the length is known
+            data = wav_header(samples=samples) + data[len(wav_header()):]
+        return data, samples, first
     finally:
         encoder.close()
         house.metrics.spoken.inc(samples / SAMPLE_RATE)
@@ -545,7 +554,7 @@ class Connection:
             raise ValueError(f"this server answers with the responder {service.responder.kind}: leave responder out")
         self.live = await self.house.run(service.converse, self.emit, start.voice, start.sample_rate)
         self.house.conversations.add(self.live)
-        self.outgoing.put_nowait(({"type": "ready", "session": f"{id(self.live):x}", "sample_rate": SAMPLE_RATE, "voices": list(service.voices), "model": service.model_name,
+        self.outgoing.put_nowait(({"type": "ready", "session": secrets.token_hex(8), "sample_rate": SAMPLE_RATE, "voices": list(service.voices), "model": service.model_name,
                                    "responder": service.responder.kind}, None))
 
     async def _listen(self) -> None:
@@ -565,6 +574,8 @@ class Connection:
             except (ValueError, Refused) as error:
                 await self.say_error(getattr(error, "code", "invalid"), str(error))
             now = time.monotonic()
+            if self.outgoing.qsize() > EVENTS:                   # it asks and asks, and does not read
+                return
             if now - self.live.touched > cfg.idle_seconds:
                 return await self.say_error("idle", f"nothing was said for {cfg.idle_seconds:g} s: connect again to go on")
             if now - self.begun > 60 * cfg.session_minutes:
