@@ -326,34 +326,31 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
         finger.move_on(int(model.advance_logits(hidden).argmax(-1)), opening)
     frames, chunks, readings, sound = [], [], [opening, opening], None
     turn.end_reason = ""
-    try:
-        while not turn.end_reason:
-            tokens = decode_frame(model, hidden, size, sampling, generator, finger.may_end)
-            if not tokens.any() and finger.may_end:
-                turn.end_reason = "eos"
-                break
-            codes = (tokens - cfg.code_offset).view(1, -1, 1)                      # (1, K, 1)
-            audio, sound = codec.decode_stream(codes[:, :num_codebooks], sound, semantic)
-            frames.append(codes[0])
-            chunks.append(audio.reshape(-1).float().cpu().numpy())
-            if turn.first_audio_ms is None:
-                turn.first_audio_ms = 1000 * (time.perf_counter() - start)
-            yield chunks[-1]
-            hidden = model(audio_rows(tokens.view(-1, 1), cfg, number, [finger.reading]), state=state)[0, -1]
-            if finger.guided:
-                finger.move(int(model.advance_logits(hidden).argmax(-1)))
-            readings.append(finger.reading)
-            turn.end_reason = guard.reason(tokens, chunks[-1], len(frames), finger)
-        if lead is None:
-            end = torch.zeros(cfg.num_codebooks, 1, dtype=torch.long, device=hidden.device)
-            model(audio_rows(end, cfg, number, [finger.reading]), state=state)
-            model.end_turn(state)
-    finally:                                                                       # also where nobody listens to the end
-        turn.codes = torch.cat(frames, dim=1).cpu() if frames else torch.zeros(cfg.num_codebooks, 0, dtype=torch.long)
-        turn.audio = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
-        turn.readings = [max(opening, r) - shift for r in readings] if finger.guided else None
-        turn.ended = turn.end_reason in ("eos", "read", "quiet")
-        turn.total_ms = 1000 * (time.perf_counter() - start)
+    while not turn.end_reason:
+        tokens = decode_frame(model, hidden, size, sampling, generator, finger.may_end)
+        if not tokens.any() and finger.may_end:
+            turn.end_reason = "eos"
+            break
+        codes = (tokens - cfg.code_offset).view(1, -1, 1)                          # (1, K, 1)
+        audio, sound = codec.decode_stream(codes[:, :num_codebooks], sound, semantic)
+        frames.append(codes[0])
+        chunks.append(audio.reshape(-1).float().cpu().numpy())
+        if turn.first_audio_ms is None:
+            turn.first_audio_ms = 1000 * (time.perf_counter() - start)
+        yield chunks[-1]
+        hidden = model(audio_rows(tokens.view(-1, 1), cfg, number, [finger.reading]), state=state)[0, -1]
+        if finger.guided:
+            finger.move(int(model.advance_logits(hidden).argmax(-1)))
+        readings.append(finger.reading)
+        turn.end_reason = guard.reason(tokens, chunks[-1], len(frames), finger)
+    if lead is None:
+        model(audio_rows(torch.zeros(cfg.num_codebooks, 1, dtype=torch.long, device=hidden.device), cfg, number, [finger.reading]), state=state)
+        model.end_turn(state)
+    turn.codes = torch.cat(frames, dim=1).cpu() if frames else torch.zeros(cfg.num_codebooks, 0, dtype=torch.long)
+    turn.audio = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
+    turn.readings = [max(opening, r) - shift for r in readings] if finger.guided else None
+    turn.ended = turn.end_reason in ("eos", "read", "quiet")
+    turn.total_ms = 1000 * (time.perf_counter() - start)
 
 
 def frame_limits(cfg: ModelConfig, sampling: SamplingConfig, text_tokens: int, room: int) -> tuple[int, int]:
@@ -465,7 +462,6 @@ class Session:
         self.generator = torch.Generator(_device(model)).manual_seed(self.sampling.seed)
         self.turns: list[Turn] = []
         self.voices: dict[int, Turn] = {}           # speaker -> recording that stays at the start of the window
-        self.unfinished: Turn | None = None         # the turn that is being spoken, or of which the end was not listened to
         self._slots: list[Slots | None] = []        # of each turn
         self._state, self._spare = None, None       # None: to be filled again from the turns; its buffers
         self._start = 0                             # first turn in the window
@@ -603,38 +599,13 @@ class Session:
         self._slots.append(None if slots is None else Slots(slots.semantic[:, -1:], slots.prosodic[:, -1:], number))
         self.turns.append(turn)
 
-    def take_back(self, count: int, kept: Turn | None = None) -> None:
-        """Forget the last `count` turns; `kept`, a turn with codes, stands in their place (what was heard of them, say)."""
-        left = len(self.turns) - count
-        del self.turns[left:], self._slots[left:]
-        self._start, self._state = min(self._start, left), None
-        if kept is not None:
-            self._room(len(kept.text) + kept.num_frames + 8)
-            self._put(kept)
-
-    def lighten(self) -> None:
-        """Forget what is needed no more: the sound of all turns, codes and slots of those that have left the window (the first of each speaker keeps its voice)."""
-        first = {turn.speaker: number for number, turn in reversed(list(enumerate(self.turns)))}
-        for number, turn in enumerate(self.turns):
-            turn.audio = None
-            if number < self._start and number != first[turn.speaker]:
-                turn.codes = turn.readings = None
-        for number in range(self._start - self.model.cfg.memory.max_slots):
-            self._slots[number] = None
-
-    @property
-    def in_use(self) -> tuple[int, int]:
-        """Positions of the window that are filled, and memory slots that are kept."""
-        slots = self._spare.slots if self._spare else None
-        return (self._state.length if self._state else 0), (0 if slots is None else slots.turn.shape[1])
-
     # ---- what is said
 
     def speak(self, speaker: int, text: str, mood: str | None = None) -> Iterator[np.ndarray]:
         """Chunks (frame_size,) of 80 ms as they are made; when the last one is taken the turn is in `turns`.
 
         ValueError (at once) for text that cannot be spoken, an unknown mood or speaker. A turn that is not
-        listened to until its end is no turn of the conversation; what was made of it is in `unfinished`.
+        listened to until its end is forgotten.
         """
         start = time.perf_counter()
         turn = Turn(speaker, normalise(text), mood)
@@ -649,11 +620,11 @@ class Session:
         return self._speak(turn, start, lead)
 
     def _speak(self, turn: Turn, start: float, lead: Lead | None) -> Iterator[np.ndarray]:
-        state, self._state, self.unfinished = self._state, None, turn
+        state, self._state = self._state, None
         used = copy.copy(state) if lead else state               # the lead is no part of the turn: the state takes in the turn without it
         yield from stream_turn(self.model, self.codec, self.tokenizer, used, turn, self._number, self.sampling,
                                self.generator, self.num_codebooks, start, lead)
-        self._state, self.unfinished = state, None
+        self._state = state
         self._put(turn) if lead else self._keep(turn)
 
     def say(self, speaker: int, text: str, mood: str | None = None) -> Turn:
