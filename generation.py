@@ -28,6 +28,7 @@ from torch import Tensor
 
 from architecture import CSM, FrameBatch, Slots
 from config import ModelConfig, SamplingConfig, codec_columns
+from frame_step import FrameStep
 from retriever import Retriever as Retriever
 from text_tokenizer import normalise
 from turns import (  # noqa: F401  (what others know under this module's name)
@@ -73,33 +74,33 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     if temperature == 0:
         return logits.argmax(-1)
     top = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
-    drawn = torch.multinomial(torch.softmax(top.values / temperature, dim=-1), 1, generator=generator)  # (M, 1)
-    return top.indices.gather(-1, drawn).squeeze(-1)
+    chances = torch.softmax(top.values / temperature, dim=-1)
+    race = torch.empty_like(chances).exponential_(generator=generator)      # the same draw as torch.multinomial's, without its checks
+    return top.indices.gather(-1, (chances / race).argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def _only_codes(logits: Tensor, cfg: ModelConfig, codebook_size: int, end: bool) -> Tensor:
-    """Logits with everything that is no code of the codec shut out; `end` leaves token 0 open as well."""
-    logits = logits.clone()
-    logits[..., cfg.code_offset + codebook_size:] = -math.inf
-    if not end:
-        logits[..., :cfg.code_offset] = -math.inf
-    return logits
+def open_tokens(cfg: ModelConfig, codebook_size: int, end: bool) -> slice:
+    """The tokens that are codes of the codec, of a model with more of them; `end`: token 0 as well."""
+    return slice(0 if end else cfg.code_offset, cfg.code_offset + codebook_size)
+
+
+def _sample_token(logits: Tensor, among: slice, temperature: float, top_k: int, generator) -> Tensor:
+    """logits (M, V) -> (M,), one of the tokens `among`."""
+    return sample(logits[:, among], temperature, top_k, generator) + among.start
 
 
 def draw_codes(model: CSM, hidden: Tensor, codebook_size: int, sampling: SamplingConfig, generator=None, first: Tensor | None = None) -> Tensor:
     """Hidden states (M, D) -> tokens (M, K) of the frames after them, none an end; `first` (M,) gives the first codebook's tokens."""
+    codes = open_tokens(model.cfg, codebook_size, end=False)
     if first is None:
-        first = sample(_only_codes(model.c0_logits(hidden), model.cfg, codebook_size, False), sampling.temperature, sampling.top_k, generator)
-
-    def pick(logits: Tensor, k: int) -> Tensor:
-        return sample(_only_codes(logits, model.cfg, codebook_size, False), sampling.depth_temperature, sampling.depth_top_k, generator)
-    return model.depth_generate(hidden, first, pick)
+        first = _sample_token(model.c0_logits(hidden), codes, sampling.temperature, sampling.top_k, generator)
+    return model.depth_generate(hidden, first, lambda logits, k: _sample_token(logits, codes, sampling.depth_temperature, sampling.depth_top_k, generator))
 
 
 def decode_frame(model: CSM, hidden: Tensor, codebook_size: int, sampling: SamplingConfig, generator=None, may_end: bool = True) -> Tensor:
     """Hidden state (D,) of the last position -> tokens (K,) of the next frame; all zeros means the end."""
     cfg, hidden = model.cfg, hidden.unsqueeze(0)                     # (1, D)
-    c0 = sample(_only_codes(model.c0_logits(hidden), cfg, codebook_size, may_end), sampling.temperature, sampling.top_k, generator)
+    c0 = _sample_token(model.c0_logits(hidden), open_tokens(cfg, codebook_size, may_end), sampling.temperature, sampling.top_k, generator)
     if cfg.code_offset > 0 and int(c0) == 0:
         return torch.zeros(cfg.num_codebooks, dtype=torch.long, device=hidden.device)
     return draw_codes(model, hidden, codebook_size, sampling, generator, c0)[0]
@@ -115,9 +116,9 @@ def trace(model: CSM, tokenizer, turn: Turn) -> list[int] | None:
     state = model.new_state(1, len(ids) + turn.num_frames + 1)
     rows, finger, _ = begin_turn(turn, None, cfg, tokenizer, 0, device_of(model))
     model(rows, state=state)
-    readings = [finger.reading, finger.reading]
+    readings, step = [finger.reading, finger.reading], FrameStep(model)
     for tokens in (codes.T + cfg.code_offset).to(device_of(model)):
-        hidden = model(audio_rows(tokens.view(-1, 1), cfg, 0, [finger.reading]), state=state)[0, -1]
+        hidden = step([state], [0], tokens.unsqueeze(0), [finger.reading])[0]
         finger.move(int(model.advance_logits(hidden).argmax(-1)))
         readings.append(finger.reading)
     return readings if finger.may_end and finger.at_end <= turn.num_frames // 3 else None
@@ -135,7 +136,7 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
     """
     cfg, size = model.cfg, codec.cfg.codebook_size
     semantic, sound = semantic_count(cfg, codec, num_codebooks), None
-    run = Speaking(model, tokenizer, state, turn, number, sampling, lead, start)
+    run, step = Speaking(model, tokenizer, state, turn, number, sampling, lead, start), FrameStep(model)
     try:
         hidden = model(run.rows, state=state)[0, -1]
         run.opened(model, hidden)
@@ -145,7 +146,7 @@ def stream_turn(model: CSM, codec, tokenizer, state, turn: Turn, number: int, sa
                 break
             audio, sound = codec.decode_stream(run.codes(tokens)[:, :num_codebooks], sound, semantic)
             yield run.sounded(audio.reshape(-1).float().cpu().numpy())
-            hidden = model(audio_rows(tokens.view(-1, 1), cfg, number, [run.finger.reading]), state=state)[0, -1]
+            hidden = step([state], [number], tokens.unsqueeze(0), [run.finger.reading])[0]
             run.moved(int(model.advance_logits(hidden).argmax(-1)) if run.finger.guided else 0)
         run.take_end(model)
     finally:
