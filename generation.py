@@ -491,7 +491,14 @@ class Session:
         state = self.model.new_state(1, codes.shape[1] + most + 8)
         listened = turn_rows(Turn(speaker, "", None, codes, heard=True), cfg, self.tokenizer, 0, device_of(self.model))
         self.model(cut_rows(listened, 0, -2), state=state)                    # all but the empty transcript
-        ids = generate_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], 0, most, 0.0)
+        return self.written(state, codes.shape[1], 0)
+
+    def written(self, state, frames: int, number: int) -> str:
+        """The transcript by the text head of a turn of `frames` frames that the state ends with; "" for nothing. The state is used up."""
+        if self.model.text_head is None:
+            return ""
+        most = min(math.ceil(BYTES_PER_SECOND * frames / self.model.cfg.frame_rate), state.limit - state.length - 1)
+        ids = generate_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], number, most, 0.0)
         try:
             return normalise(self.tokenizer.decode(ids))
         except ValueError:
