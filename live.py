@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
 import numpy as np
@@ -31,8 +31,10 @@ import numpy as np
 from audio_io import SAMPLE_RATE
 from config import EndpointConfig, LiveConfig
 from endpointing import Endpointer, sounds_finished
-from generation import Session, Turn, split_text
+from generation import Session, split_text
+from listening import heard_part, listen
 from speech_formats import to_pcm
+from turns import Turn
 
 USER, MODEL = 0, 1                         # speakers of the session
 NAMES = ("user", "assistant")
@@ -62,32 +64,16 @@ class FairEngine:
         self._free, self._waiting, self._count, self._lock = workers, [], itertools.count(), threading.Lock()
         self.frames = self.late = 0
 
-    def speak(self, session: Session, speaker: int, text: str, mood: str | None = None) -> Iterator[np.ndarray]:
-        """Session.speak, shared fairly. Close the iterator to stop: session.unfinished then holds what was made."""
-        due, pieces, first = time.monotonic(), None, True
-        try:
-            while True:
-                with self._place(due):
-                    pieces = pieces or session.speak(speaker, text, mood)
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                now = time.monotonic()
-                self.frames += 1
-                self.late += now > due and not first
-                due, first = (now if first else max(due, now)) + len(piece) / SAMPLE_RATE, False
-                yield piece
-        finally:
-            if pieces is not None:
-                pieces.close()
+    def speak(self, session: Session, text: str, speaker: int = 1, mood: str | None = None) -> "Speech":
+        return Speech(self, session, text, speaker, mood)
 
-    def run(self, work: Callable):
-        """Other work of the model (a voice, a turn to take in), due at once."""
-        with self._place(time.monotonic()):
-            return work()
+    def call(self, session: Session | None, function: Callable, *arguments):
+        """function(session, ...): other work of the model (a voice, a turn to take in), due at once."""
+        with self.place(time.monotonic()):
+            return function(session, *arguments)
 
     @contextlib.contextmanager
-    def _place(self, due: float):
+    def place(self, due: float):
         with self._lock:
             mine = None
             if self._free and not self._waiting:
@@ -106,8 +92,42 @@ class FairEngine:
                 else:
                     self._free += 1
 
+    def stats(self) -> dict:
+        return {"frames": self.frames, "late": self.late}
+
     def close(self) -> None:
         """Nothing runs on its own here."""
+
+
+class Speech:
+    """Iterator over the pieces of one turn; `turn` is filled in when it has ended or was stopped."""
+
+    def __init__(self, engine: FairEngine, session: Session, text: str, speaker: int, mood: str | None):
+        self.engine, self.turn, self._due, self._first = engine, None, time.monotonic(), True
+        self._session, self._begin, self._pieces = session, lambda: session.speak(speaker, text, mood), None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> np.ndarray:
+        with self.engine.place(self._due):
+            if self._pieces is None:
+                self._pieces = self._begin()
+            piece = next(self._pieces, None)
+        if piece is None:
+            self.turn = self._session.turns[-1]
+            raise StopIteration
+        now = time.monotonic()
+        self.engine.frames += 1
+        self.engine.late += now > self._due and not self._first
+        self._due, self._first = (now if self._first else max(self._due, now)) + len(piece) / SAMPLE_RATE, False
+        return piece
+
+    def cancel(self) -> None:
+        """Stop: what was made so far is in `turn`, which is no turn of the session."""
+        if self._pieces is not None and self.turn is None:
+            self._pieces.close()
+            self.turn = self._session._said[0]
 
 
 class Ears:
@@ -172,31 +192,19 @@ def speakable(text: str) -> bool:
     return bool(re.search(r"[A-Za-z0-9]", text))
 
 
-def heard_letters(turn: Turn, frames: int, tokenizer) -> int:
-    """Letters of the turn's text that were spoken within its first `frames`: by its readings, else in proportion."""
-    if turn.readings:
-        read = (turn.readings[min(frames, len(turn.readings) - 1)] - turn.readings[0]) / max(1, len(tokenizer.encode(turn.text)))
-    else:
-        read = frames / max(1, turn.num_frames)
-    return round(len(turn.text) * min(1.0, read))
-
-
-def whole_words(text: str, letters: int) -> str:
-    """The words of which at least half lies within the first `letters`."""
+def heard_words(text: str, seconds: float) -> str:
+    """A guess at what of `text` is said in so many seconds, in whole words."""
+    letters = seconds * LETTERS_PER_SECOND
     ends = [m.end() for m in re.finditer(r"\S+", text) if (m.start() + m.end()) / 2 <= letters]
     return text[:ends[-1]] if ends else ""
 
 
-def cut_turn(turn: Turn, frames: int, tokenizer) -> Turn | None:
-    """The turn as if it had ended after `frames`; None where nothing of it was heard."""
-    text = whole_words(turn.text, heard_letters(turn, frames, tokenizer)) if frames >= MIN_HEARD else ""
-    if not speakable(text):
+def cut_turn(turn: Turn, samples: int, frame: int, tokenizer) -> Turn | None:
+    """What was heard of a turn within its first `samples`; None for less than MIN_HEARD frames or no word."""
+    if samples < MIN_HEARD * frame or turn.codes is None or not turn.num_frames:
         return None
-    readings = None
-    if turn.readings:
-        end = turn.readings[0] + len(tokenizer.encode(text))
-        readings = [min(r, end) for r in (turn.readings + turn.readings[-1:])[:frames + 2]]
-    return replace(turn, text=text, codes=turn.codes[:, :frames], readings=readings, audio=None, ended=False, end_reason="interrupted")
+    part = heard_part(turn, samples, frame, tokenizer)
+    return part if part is not None and speakable(part.text) else None
 
 
 # ----------------------------------------------------------------------------- a reply
@@ -245,14 +253,17 @@ class Reply:
         return self.stopped_at if self.reported is None else min(self.reported, self.samples)
 
     def heard_text(self, tokenizer, frame: int) -> str:
+        """In whole words: by the readings of sentences that are made, by the clock of the one that is being made."""
         words = []
         for part in self.parts:
             count = min(max(0, self.heard - part.start), part.samples)
-            if part.turn is not None:
-                letters = len(part.text) if part.whole and count == part.samples else heard_letters(part.turn, count // frame, tokenizer)
+            if part.whole and count == part.samples:
+                words.append(part.text)
+            elif part.whole:
+                cut = cut_turn(part.turn, count, frame, tokenizer)
+                words.append(cut.text if cut else "")
             else:
-                letters = round(count / SAMPLE_RATE * LETTERS_PER_SECOND)
-            words.append(whole_words(part.text, letters) if count else "")
+                words.append(heard_words(part.text, count / SAMPLE_RATE))
         return " ".join(filter(None, words))
 
 
@@ -276,7 +287,7 @@ class LiveConversation:
                  cfg: LiveConfig | None = None, endpoint: EndpointConfig | None = None, vad=None):
         self.cfg, self.engine, self.responder, self.ears, self._emit = cfg or LiveConfig(), engine, responder, ears, emit
         self.new_session, self.sample_rate, self.ear = new_session, sample_rate, Endpointer(endpoint, sample_rate, vad)
-        self.session = engine.run(new_session)
+        self.session = engine.call(None, lambda _: new_session())
         self.history: list[tuple[str, str]] = []
         self.turns, self.touched = 0, time.monotonic()
         self._reply: Reply | None = None
@@ -362,6 +373,10 @@ class LiveConversation:
     def _frame(self) -> int:
         return self.session.codec.cfg.frame_size
 
+    def _call(self, work: Callable):
+        """Work of the model on this session, when it is its turn."""
+        return self.engine.call(self.session, lambda _: work())
+
     def _put(self, job: Job) -> None:
         try:
             self._jobs.put_nowait(job)
@@ -445,10 +460,10 @@ class LiveConversation:
     def _change_voice(self, voice: dict | None) -> None:
         self._voice = voice
         if voice:
-            self.engine.run(lambda: self.session.set_voice(MODEL, **voice))
+            self._call(lambda: self.session.set_voice(MODEL, **voice))
 
     def _reset(self) -> None:
-        self.session, self.history, self._reply, self.turns = self.engine.run(self.new_session), [], None, 0
+        self.session, self.history, self._reply, self.turns = self.engine.call(None, lambda _: self.new_session()), [], None, 0
         self._change_voice(self._voice)
 
     def _turn(self, job: Job) -> None:
@@ -461,10 +476,10 @@ class LiveConversation:
         self.turns = number
         with self._lock:
             reply = self._reply = Reply(number, job.at)
-        self.engine.run(lambda: self._take_in(text, job.audio))
+        self._call(lambda: self._take_in(text, job.audio))
         self._answer(reply)
         if not reply.stopped.is_set() and self._jobs.empty():
-            self.engine.run(lambda: self.session.prepare(MODEL))
+            self._call(lambda: self.session.prepare(MODEL))
         self.session.lighten()
 
     def _transcript(self, job: Job) -> str:
@@ -478,7 +493,9 @@ class LiveConversation:
         if audio is not None and self.cfg.user_sound:
             from audio_io import resample
             audio = resample(audio[-int(self.cfg.user_seconds * self.sample_rate):], self.sample_rate, SAMPLE_RATE)
-        self.session.add_turn(USER, text, audio if self.cfg.user_sound else None)
+            listen(self.session, USER, audio, text)
+        else:
+            self.session.add_turn(USER, text)
         self._remember(NAMES[USER], text)
 
     def _remember(self, name: str, text: str) -> None:
@@ -487,7 +504,7 @@ class LiveConversation:
 
     def _words(self) -> Iterator[str]:
         words = self.responder.stream(self.session, MODEL, list(self.history), NAMES[MODEL])
-        return iter(self.engine.run(lambda: list(words))) if self.responder.on_model else words
+        return iter(self._call(lambda: list(words))) if self.responder.on_model else words
 
     def _answer(self, reply: Reply) -> None:
         words = self._words()
@@ -519,17 +536,17 @@ class LiveConversation:
         part = Part(sentence, reply.samples)
         reply.parts.append(part)
         self._send({"type": "reply_started" if len(reply.parts) == 1 else "reply_text", "turn": reply.number, "text": reply.text})
-        pieces = self.engine.speak(self.session, MODEL, sentence, mood)
+        speech = self.engine.speak(self.session, sentence, MODEL, mood)
         try:
-            for piece in pieces:
+            for piece in speech:
                 if reply.stopped.is_set() or self._closed.is_set():
                     break
                 self._play(reply, part, piece)
             else:
-                part.whole = True
+                part.turn, part.whole = speech.turn, True
         finally:
-            pieces.close()
-            part.turn = self.session.turns[-1] if part.whole else self.session.unfinished
+            speech.cancel()
+            part.turn = speech.turn
 
     def _play(self, reply: Reply, part: Part, piece: np.ndarray) -> None:
         with self._lock:
@@ -552,9 +569,9 @@ class LiveConversation:
         first = next((i for i, p in enumerate(reply.parts) if not p.whole or heard < p.start + p.samples), len(reply.parts))
         cut = None
         if first < len(reply.parts) and reply.parts[first].turn is not None:
-            cut = cut_turn(reply.parts[first].turn, max(0, heard - reply.parts[first].start) // self._frame, tokenizer)
+            cut = cut_turn(reply.parts[first].turn, max(0, heard - reply.parts[first].start), self._frame, tokenizer)
         count = sum(part.whole for part in reply.parts[first:])
-        self.engine.run(lambda: self.session.take_back(count, cut))
+        self._call(lambda: self.session.replace_last(count, cut))
         said = " ".join([*(part.text for part in reply.parts[:first]), *([cut.text] if cut else [])])
         if self.history and self.history[-1][0] == NAMES[MODEL]:
             self.history.pop()

@@ -58,8 +58,8 @@ class Metrics:
         self.spoken = Counter("serve_spoken_seconds", "sound sent", registry=registry)
         self.interrupted = Counter("serve_interruptions", "replies that were interrupted", registry=registry)
         for name, words, value in (("sessions", "places taken", lambda: house.places.taken), ("waiting", "requests in the queue", lambda: house.places.waiting),
-                                   ("frames", "frames made since the start", lambda: getattr(house.service.engine, "frames", 0)),
-                                   ("late_frames", "frames that came after the listener had run dry", lambda: getattr(house.service.engine, "late", 0)),
+                                   ("frames", "frames made since the start", lambda: house.service.engine.stats().get("frames", 0)),
+                                   ("late_frames", "frames that came after the listener had run dry", lambda: house.service.engine.stats().get("late", 0)),
                                    ("asr_seconds", "time spent writing down", lambda: house.service.ears.seconds)):
             Gauge("serve_" + name, words, registry=registry).set_function(value)
 

@@ -133,7 +133,7 @@ class Service:
             recording = {"audio": audio, "text": check_text(text)}
         else:
             recording = written_voice(audio[:int(PROMPT_SECONDS * SAMPLE_RATE)])
-        return self.engine.run(lambda: as_codes(self.lab.model, self.lab.codec, recording))
+        return self.engine.call(None, lambda _: as_codes(self.lab.model, self.lab.codec, recording))
 
     # ---- speaking
 
@@ -162,18 +162,22 @@ class Service:
         return Spoken(self._pieces(text, arguments, speaker, mood, reply, words, seed, temperature), words, started)
 
     def _pieces(self, text, voice, speaker, mood, reply, words, seed, temperature) -> Iterator[np.ndarray]:
-        session = self.engine.run(lambda: self.session(voice, speaker, seed=seed, temperature=temperature))
+        session = self.engine.call(None, lambda _: self.session(voice, speaker, seed=seed, temperature=temperature))
         parts = self._answer(session, text, speaker) if reply else ((part, None) for part in speakable(split_text(text, PIECE)))
         for part, found in parts:
             if speakable([part]):
                 words.append(part)
-                yield from self.engine.speak(session, speaker, part, mood or found)
+                speech = self.engine.speak(session, part, speaker, mood or found)
+                try:
+                    yield from speech
+                finally:
+                    speech.cancel()
 
     def _answer(self, session: Session, text: str, speaker: int):
         user = USER if speaker != USER else MODEL
-        self.engine.run(lambda: session.add_turn(user, text))
+        self.engine.call(session, lambda s: s.add_turn(user, text))
         stream = self.responder.stream(session, speaker, [(NAMES[USER], text)], NAMES[MODEL])
-        yield from sentences(iter(self.engine.run(lambda: list(stream))) if self.responder.on_model else stream)
+        yield from sentences(iter(self.engine.call(session, lambda _: list(stream))) if self.responder.on_model else stream)
 
     def converse(self, emit, voice: str | None, sample_rate: int) -> LiveConversation:
         """A live conversation. Slow: in a thread of the caller."""

@@ -73,7 +73,7 @@ def test_the_turn_has_its_beginning_and_not_the_silence_after_it():
 
 
 def test_a_click_is_no_turn_and_a_cough_does_not_barge_in():
-    assert listen(np.concatenate([quiet(500), tone(50), quiet(1000)]))[0] == []
+    assert listen(np.concatenate([quiet(500), tone(25), quiet(1000)]))[0] == []
     kinds = [e.kind for e in listen(np.concatenate([quiet(500), tone(160), quiet(1000)]))[0]]
     assert kinds == ["start", "pause", "end"]
 
