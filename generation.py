@@ -410,8 +410,10 @@ class Session:
     def replace_last(self, count: int, kept: Turn | None = None) -> None:
         """Forget the last `count` turns; `kept`, a turn with codes, stands in their place (what was heard of them, say)."""
         left = len(self.turns) - count
-        del self.turns[left:], self._slots[left:]
-        self._start, self._state, self._said = min(self._start, left), None, None
+        if count:
+            del self.turns[left:], self._slots[left:]
+            self._start, self._state = min(self._start, left), None
+        self._said = None
         if kept is not None:
             self._room(len(self.tokenizer.encode(kept.text)) + kept.num_frames + 8)
             self._put(kept)

@@ -473,6 +473,7 @@ class LiveConversation:
         if not speakable(text) or self._closed.is_set():
             return
         self._settle()
+        self.session.lighten()
         self.turns = number
         with self._lock:
             reply = self._reply = Reply(number, job.at)
@@ -480,7 +481,6 @@ class LiveConversation:
         self._answer(reply)
         if not reply.stopped.is_set() and self._jobs.empty():
             self._call(lambda: self.session.prepare(MODEL))
-        self.session.lighten()
 
     def _transcript(self, job: Job) -> str:
         future = job.draft or self.ears.submit(job.audio, self.sample_rate)
@@ -571,7 +571,8 @@ class LiveConversation:
         if first < len(reply.parts) and reply.parts[first].turn is not None:
             cut = cut_turn(reply.parts[first].turn, max(0, heard - reply.parts[first].start), self._frame, tokenizer)
         count = sum(part.whole for part in reply.parts[first:])
-        self._call(lambda: self.session.replace_last(count, cut))
+        if count or cut:
+            self._call(lambda: self.session.replace_last(count, cut))
         said = " ".join([*(part.text for part in reply.parts[:first]), *([cut.text] if cut else [])])
         if self.history and self.history[-1][0] == NAMES[MODEL]:
             self.history.pop()

@@ -79,7 +79,7 @@ class Encoder:
         return self._sink.take()
 
     def finish(self) -> bytes:
-        """What is left. A stream that was fed nothing is still a file of its format."""
+        """What is left; of a WAV that was fed nothing, its header."""
         if self._stream is None:
             return b"" if self._begun or self.form == "pcm" else wav_header(self.rate, 0)
         self._container.mux(self._stream.encode(None))

@@ -55,7 +55,7 @@ def test_plain_formats_keep_every_sample():
 def test_nothing_fed_and_nothing_finished_leave_nothing_open(form):
     out = Encoder(form)
     data = out.finish()
-    assert len(data) == (44 if form == "wav" else len(data))
+    assert form != "wav" or len(data) == 44
     half = Encoder(form)
     half.feed(TONE[:1920])
     half.close()
