@@ -84,8 +84,8 @@ class House:
 
     @property
     def busy(self) -> bool:
-        talking = len(self.conversations)
-        return self.places.taken > talking or any(live.busy for live in self.conversations)
+        """Whether somebody still has a place. When the doors are closed, conversations leave as soon as their reply was heard."""
+        return self.places.taken > 0
 
 
 # ----------------------------------------------------------------------------- errors
@@ -499,7 +499,10 @@ class Connection:
     async def _send_all(self) -> None:
         try:
             while True:
-                event, pcm = await self.outgoing.get()
+                item = await self.outgoing.get()
+                if item is None:
+                    return
+                event, pcm = item
                 if pcm is not None:
                     self.room.release()
                     if event["turn"] <= self.skip:
@@ -651,10 +654,8 @@ class Connection:
             await asyncio.shield(self._leave(sender, code, entered))
 
     async def _leave(self, sender, code: int, entered: bool) -> None:
-        for _ in range(50):                                      # what was said last still goes out
-            if self.outgoing.empty() or sender.done() or self.closed.is_set():
-                break
-            await asyncio.sleep(0.02)
+        self.outgoing.put_nowait(None)                           # what was said last still goes out
+        await asyncio.wait([sender], timeout=1.0)
         self.closed.set()
         if self.live is not None:
             await self.house.run(self.live.close)

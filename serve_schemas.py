@@ -19,9 +19,9 @@ class Strict(BaseModel):
 class SpeechRequest(BaseModel):
     """OpenAI's request; what this server cannot do is refused, not ignored. Unknown fields are let through, as OpenAI's servers do."""
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"model": "nano", "input": "Good morning! How are you?", "voice": "alba", "response_format": "wav"}]})
-    model: Name = "nano"
+    model: Name | None = Field(None, description="the one that is served; tts-1 and the like are taken for it")
     input: Text
-    voice: Name = "alba"
+    voice: Name | None = None
     response_format: Form = "mp3"
     speed: Annotated[float, Field(ge=0.25, le=4, allow_inf_nan=False, description="1 only")] = 1.0
     instructions: Annotated[str | None, Field(max_length=200, description="a mood: neutral, happy, excited, sad, angry, calm, worried or surprised")] = None

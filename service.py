@@ -118,8 +118,8 @@ class Service:
             raise Refused(400, "unknown_voice", f"there is no voice of that name: use one of {', '.join(self.voices) or '(none)'}")
         return found
 
-    def check_model(self, name: str) -> None:
-        if name not in (self.model_name, *MODEL_ALIASES):
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name, *MODEL_ALIASES):
             raise Refused(404, "model_not_found", f"there is no model of that name: use {self.model_name}")
 
     def read_voice(self, data: bytes, text: str | None) -> dict:
