@@ -325,6 +325,11 @@ class Session:
         limit = self.model.cfg.backbone.max_positions
         self._room(min(limit // 2, 256 + int(self.sampling.max_seconds * self.model.cfg.frame_rate)))
 
+    def rest(self) -> None:
+        """Give the buffers back (tens of MB); turns and memory slots stay, the next turn fills the window again."""
+        self._state = self._spare = None
+        self._said = self._said and (self._said[0], None)
+
     @property
     def _window_is_long(self) -> bool:
         kept = len(self.turns) - self._start
@@ -402,6 +407,8 @@ class Session:
 
     def _keep(self, turn: Turn) -> None:
         """Remember a turn that the state has just taken in, and its slots under the turn's own number."""
+        if self._said and self._said[0] is not turn:
+            self._said = None
         slots = self._state.slots
         number = torch.full((1, 1), len(self.turns), device=device_of(self.model))
         self._slots.append(None if slots is None else Slots(slots.semantic[:, -1:], slots.prosodic[:, -1:], number))
@@ -482,8 +489,8 @@ class Session:
 
     def take_back(self, turn: Turn) -> None:
         """As if `turn`, the one last begun, had not been: the state before it."""
-        if self._said and self._said[0] is turn:
-            self._state = self._said[1]
+        if self._said and self._said[0] is turn and self._said[1] is not None:
+            self._state = copy.copy(self._said[1])
 
     def say(self, speaker: int, text: str, mood: str | None = None) -> Turn:
         """`speak` to its end; returns the turn."""

@@ -110,7 +110,7 @@ class Listener:
         session = self.session
         session._opens(self.speaker)
         yield from session.making_room(room_for(session, len(self.prefix), self.num_frames, text), self.piece)
-        self._before, self._state, session._state = copy.copy(session._state), session._state, None
+        self._before, self._state, session._state, session._said = copy.copy(session._state), session._state, None, None
         self._number = session._number
         rows = [text_rows(self.prefix, session.model.cfg, self._number, device=device_of(session.model)), *(self._rows(c) for c in self.codes)]
         yield from prefill(session.model, join(rows), self._state, self.piece)
@@ -193,11 +193,9 @@ def cut_off(session, samples: int) -> Turn | None:
     if stream is not None:
         stream.close()
     if session._said is None:
-        raise ValueError("nothing has been spoken yet that could be cut off")
+        raise ValueError("there is no turn to cut off: nothing was spoken yet, or something else was said or heard since")
     turn, before = session._said
     made = bool(session.turns) and session.turns[-1] is turn
-    if not made and len(session.turns) and before is None:
-        raise ValueError("something else was said since the turn that was spoken last: cut it off before")
     if made and samples >= len(turn.audio):
         return turn
     part = heard_part(turn, samples, session.codec.cfg.frame_size, session.tokenizer)

@@ -1,6 +1,6 @@
 """One live conversation without HTTP: microphone sound in, events and speech out, and whoever speaks may be interrupted.
 
-    live = LiveConversation(session, engine, responder, ears, emit, sample_rate=24000)
+    live = LiveConversation(new_session, engine, responder, ears, emit, sample_rate=24000)
     live.hear(samples)            # int16 or float32, any number: voice activity, end of turn, barge-in
     live.type("hello")            # or a typed turn
     live.close()
@@ -16,7 +16,6 @@ turns that wait (WAITING), by `history`, and in the session, which keeps sound o
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import queue
 import re
@@ -29,6 +28,7 @@ from typing import Callable, Iterator
 import numpy as np
 
 from audio_io import SAMPLE_RATE
+from batching import BatchingEngine, EngineFull
 from config import EndpointConfig, LiveConfig
 from endpointing import Endpointer, sounds_finished
 from generation import Session, split_text
@@ -42,6 +42,7 @@ WAITING = 3                                # turns and orders that may wait for 
 MIN_HEARD = 3                              # frames of an interrupted sentence, below which none of it counts as heard
 LETTERS_PER_SECOND = 14.0                  # for the first estimate of what was heard, before the sentence's own readings are known
 TAIL_SECONDS = 0.3                         # a reply may be interrupted for so long after it has played: buffers of the listener
+SLACK = 0.02                               # seconds that a piece may be late before it counts as an underrun
 REPLY_CHARACTERS = 1200
 SHORTEST = 12                              # characters of a first sentence, so that it is no mere "Oh."
 SENTENCE_END = re.compile(r"[.?!]+[\"')\]]*\s+(?=\S)")
@@ -51,84 +52,7 @@ class Closed(Exception):
     """Nobody listens any more."""
 
 
-# ----------------------------------------------------------------------------- many sessions on one model
-
-class FairEngine:
-    """Lets many sessions speak on one model: at most `workers` computations at a time, frame by frame, to whoever's listener runs dry first.
-
-    A first frame is due at once, a later one when what was made before has been played; so nobody starves, and a stream that is
-    ahead gives way to one that is about to break off.
-    """
-
-    def __init__(self, workers: int = 1):
-        self._free, self._waiting, self._count, self._lock = workers, [], itertools.count(), threading.Lock()
-        self.frames = self.late = 0
-
-    def speak(self, session: Session, text: str, speaker: int = 1, mood: str | None = None) -> "Speech":
-        return Speech(self, session, text, speaker, mood)
-
-    def call(self, session: Session | None, function: Callable, *arguments):
-        """function(session, ...): other work of the model (a voice, a turn to take in), due at once."""
-        with self.place(time.monotonic()):
-            return function(session, *arguments)
-
-    @contextlib.contextmanager
-    def place(self, due: float):
-        with self._lock:
-            mine = None
-            if self._free and not self._waiting:
-                self._free -= 1
-            else:
-                mine = threading.Event()
-                heapq.heappush(self._waiting, (due, next(self._count), mine))
-        if mine:
-            mine.wait()
-        try:
-            yield
-        finally:
-            with self._lock:
-                if self._waiting:
-                    heapq.heappop(self._waiting)[2].set()      # the place is handed over
-                else:
-                    self._free += 1
-
-    def stats(self) -> dict:
-        return {"frames": self.frames, "late": self.late}
-
-    def close(self) -> None:
-        """Nothing runs on its own here."""
-
-
-class Speech:
-    """Iterator over the pieces of one turn; `turn` is filled in when it has ended or was stopped."""
-
-    def __init__(self, engine: FairEngine, session: Session, text: str, speaker: int, mood: str | None):
-        self.engine, self.turn, self._due, self._first = engine, None, time.monotonic(), True
-        self._session, self._begin, self._pieces = session, lambda: session.speak(speaker, text, mood), None
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> np.ndarray:
-        with self.engine.place(self._due):
-            if self._pieces is None:
-                self._pieces = self._begin()
-            piece = next(self._pieces, None)
-        if piece is None:
-            self.turn = self._session.turns[-1]
-            raise StopIteration
-        now = time.monotonic()
-        self.engine.frames += 1
-        self.engine.late += now > self._due and not self._first
-        self._due, self._first = (now if self._first else max(self._due, now)) + len(piece) / SAMPLE_RATE, False
-        return piece
-
-    def cancel(self) -> None:
-        """Stop: what was made so far is in `turn`, which is no turn of the session."""
-        if self._pieces is not None and self.turn is None:
-            self._pieces.close()
-            self.turn = self._session._said[0]
-
+# ----------------------------------------------------------------------------- the transcriber, shared
 
 class Ears:
     """Writes down what is said, for all conversations: whole turns before drafts, and drafts only where nothing else waits."""
@@ -230,6 +154,7 @@ class Reply:
     stopped: threading.Event = field(default_factory=threading.Event)
     reported: int | None = None            # samples that the listener says were played
     stopped_at: int = 0                    # samples played when it was stopped, estimated
+    underruns: int = 0                     # pieces that came when all before them had been played
 
     @property
     def text(self) -> str:
@@ -283,11 +208,11 @@ class Job:
 class LiveConversation:
     """See the module. `new_session()` gives a Session with the reply's voice set for speaker MODEL."""
 
-    def __init__(self, new_session: Callable[[], Session], engine, responder, ears: Ears, emit: Callable, *, sample_rate: int = SAMPLE_RATE,
+    def __init__(self, new_session: Callable[[], Session], engine: BatchingEngine, responder, ears: Ears, emit: Callable, *, sample_rate: int = SAMPLE_RATE,
                  cfg: LiveConfig | None = None, endpoint: EndpointConfig | None = None, vad=None):
         self.cfg, self.engine, self.responder, self.ears, self._emit = cfg or LiveConfig(), engine, responder, ears, emit
         self.new_session, self.sample_rate, self.ear = new_session, sample_rate, Endpointer(endpoint, sample_rate, vad)
-        self.session = engine.call(None, lambda _: new_session())
+        self.session = new_session()
         self.history: list[tuple[str, str]] = []
         self.turns, self.touched = 0, time.monotonic()
         self._reply: Reply | None = None
@@ -447,6 +372,8 @@ class LiveConversation:
                 self._closed.set()
             except ValueError as error:
                 self._failed("cannot_answer", str(error))
+            except EngineFull as error:
+                self._failed("full", str(error))
             except Exception as error:                           # one bad turn must not end the conversation, nor take others with it
                 self._failed("internal", f"this turn failed ({type(error).__name__}): try again")
 
@@ -463,7 +390,7 @@ class LiveConversation:
             self._call(lambda: self.session.set_voice(MODEL, **voice))
 
     def _reset(self) -> None:
-        self.session, self.history, self._reply, self.turns = self.engine.call(None, lambda _: self.new_session()), [], None, 0
+        self.session, self.history, self._reply, self.turns = self.new_session(), [], None, 0
         self._change_voice(self._voice)
 
     def _turn(self, job: Job) -> None:
@@ -528,7 +455,7 @@ class LiveConversation:
     def _done(self, reply: Reply) -> dict:
         positions, slots = self.session.in_use
         first = None if reply.first_at is None else round(1000 * (reply.first_at - reply.asked_at), 1)
-        return {"type": "reply_done", "turn": reply.number, "text": reply.text, "duration_s": round(reply.samples / SAMPLE_RATE, 3),
+        return {"type": "reply_done", "turn": reply.number, "text": reply.text, "duration_s": round(reply.samples / SAMPLE_RATE, 3), "underruns": reply.underruns,
                 "latency_ms": {"first_audio": first, "total": round(1000 * (time.perf_counter() - reply.asked_at), 1)},
                 "memory": {"context_positions": positions, "slots": slots, "context_limit": self.session.model.cfg.backbone.max_positions}}
 
@@ -543,15 +470,16 @@ class LiveConversation:
                     break
                 self._play(reply, part, piece)
             else:
-                part.turn, part.whole = speech.turn, True
+                part.whole = True
         finally:
             speech.cancel()
             part.turn = speech.turn
 
     def _play(self, reply: Reply, part: Part, piece: np.ndarray) -> None:
         with self._lock:
-            if reply.first_at is None:
-                reply.first_at = time.perf_counter()
+            now = time.perf_counter()
+            reply.first_at = reply.first_at or now
+            reply.underruns += now > reply.first_at + reply.samples / SAMPLE_RATE + SLACK
             reply.samples += len(piece)
             part.samples += len(piece)
         self._send({"type": "audio", "turn": reply.number, "samples": len(piece)}, to_pcm(piece))

@@ -31,12 +31,12 @@ def build_parser() -> config.Parser:
     parser.add_argument("--responder", default="retrieval", metavar="WHO", help="who answers: retrieval (written dialogues, default), model, command, hf:FOLDER or openai:URL")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--responder_model", default="", help="name of the model at the other server (--responder openai:URL)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of one computation; default 1")
-    parser.add_argument("--workers", type=int, default=0, help="computations at a time; default: cores / threads")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of the model; default: all cores but one, 4 at most")
     config.add_flags(parser, config.SamplingConfig)
     config.add_flags(parser, ServeConfig)
     config.add_flags(parser, config.EndpointConfig)
     config.add_flags(parser, config.LiveConfig)
+    config.add_flags(parser, config.BatchingConfig, only=("prefill_positions",))
     return parser
 
 
@@ -47,12 +47,11 @@ def load(args):
     import torch
     from demo import Lab
     from service import Service
-    torch.set_num_threads(max(1, args.threads))
+    torch.set_num_threads(args.threads or min(4, max(1, runtime.cpu_count() - 1)))
     responder = responders.make(args.responder, args.responder_command, args.responder_model)
     args.responder = "command" if args.responder == "command" else "retrieval"            # demo.Lab knows no others, and none of its own are asked
     cfg, live, endpoint = (config.from_flags(kind, args) for kind in (ServeConfig, config.LiveConfig, config.EndpointConfig))
-    workers = args.workers or max(1, runtime.cpu_count() // max(1, args.threads))
-    return Service(Lab(args), responder, cfg, live, endpoint, workers=workers)
+    return Service(Lab(args), responder, cfg, live, endpoint, prefill_positions=args.prefill_positions)
 
 
 def the_key(cfg: ServeConfig) -> str:

@@ -56,10 +56,10 @@ class Metrics:
         self.first_audio = Histogram("serve_first_audio_seconds", "from the request, or the end of the user's turn, to the first sound", ["kind"], registry=registry,
                                      buckets=(.05, .1, .15, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10))
         self.spoken = Counter("serve_spoken_seconds", "sound sent", registry=registry)
+        self.underruns = Counter("serve_underruns", "pieces of replies that came when all before them had been played", registry=registry)
         self.interrupted = Counter("serve_interruptions", "replies that were interrupted", registry=registry)
         for name, words, value in (("sessions", "places taken", lambda: house.places.taken), ("waiting", "requests in the queue", lambda: house.places.waiting),
-                                   ("frames", "frames made since the start", lambda: house.service.engine.stats().get("frames", 0)),
-                                   ("late_frames", "frames that came after the listener had run dry", lambda: house.service.engine.stats().get("late", 0)),
+                                   ("frames", "frames made since the start", lambda: house.service.engine.stats()["frames"]),
                                    ("asr_seconds", "time spent writing down", lambda: house.service.ears.seconds)):
             Gauge("serve_" + name, words, registry=registry).set_function(value)
 
@@ -486,6 +486,7 @@ class Connection:
             self.skip = event["turn"]
             self.house.metrics.interrupted.inc()
         if event["type"] == "reply_done" and event["latency_ms"]["first_audio"] is not None:
+            self.house.metrics.underruns.inc(event["underruns"])
             self.house.metrics.first_audio.labels("conversation").observe(event["latency_ms"]["first_audio"] / 1000)
         self.loop.call_soon_threadsafe(self.outgoing.put_nowait, (event, pcm))
 

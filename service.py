@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from audio_io import SAMPLE_RATE
-from config import MOODS, LiveConfig
+from batching import BatchingEngine, EngineFull
+from config import MOODS, BatchingConfig, LiveConfig
 from demo import PIECE, Lab, check_mood, check_text, shipped_voices, speakable, written_voice
 from generation import PROMPT_SECONDS, Session, codes_of_sound, split_text
-from live import MODEL, NAMES, USER, Ears, FairEngine, LiveConversation, sentences
+from live import MODEL, NAMES, USER, Ears, LiveConversation, sentences
 from runtime import ROOT
 from serve_limits import Refused, ServeConfig
 from speech_formats import decode
@@ -81,10 +82,11 @@ class Spoken:
 class Service:
     """Everything that is loaded once."""
 
-    def __init__(self, lab: Lab, responder, cfg: ServeConfig, live: LiveConfig, endpoint, engine=None, transcribe=None, workers: int = 1):
+    def __init__(self, lab: Lab, responder, cfg: ServeConfig, live: LiveConfig, endpoint, transcribe=None, prefill_positions: int = 64):
         from judges import transcribe as whisper
         self.lab, self.responder, self.cfg, self.live_cfg, self.endpoint = lab, responder, cfg, live, endpoint
-        self.engine = engine or FairEngine(workers)
+        batching = BatchingConfig(cfg.max_sessions, cfg.queue, prefill_positions, live.ahead_seconds)
+        self.engine = BatchingEngine(lab.model, lab.codec, lab.tokenizer, batching, lab.sampling)
         self.ears = Ears(transcribe or whisper)
         self.voices = named_voices(lab.model, lab.codec)
         if lab.given_voices:
@@ -104,7 +106,7 @@ class Service:
             ready.result()
 
     def close(self) -> None:
-        self.engine.close()
+        self.engine.close(finish=False)
         self.ears.close()
 
     # ---- names
@@ -133,7 +135,7 @@ class Service:
             recording = {"audio": audio, "text": check_text(text)}
         else:
             recording = written_voice(audio[:int(PROMPT_SECONDS * SAMPLE_RATE)])
-        return self.engine.call(None, lambda _: as_codes(self.lab.model, self.lab.codec, recording))
+        return as_codes(self.lab.model, self.lab.codec, recording)
 
     # ---- speaking
 
@@ -162,12 +164,15 @@ class Service:
         return Spoken(self._pieces(text, arguments, speaker, mood, reply, words, seed, temperature), words, started)
 
     def _pieces(self, text, voice, speaker, mood, reply, words, seed, temperature) -> Iterator[np.ndarray]:
-        session = self.engine.call(None, lambda _: self.session(voice, speaker, seed=seed, temperature=temperature))
+        session = self.session(voice, speaker, seed=seed, temperature=temperature)
         parts = self._answer(session, text, speaker) if reply else ((part, None) for part in speakable(split_text(text, PIECE)))
         for part, found in parts:
             if speakable([part]):
                 words.append(part)
-                speech = self.engine.speak(session, part, speaker, mood or found)
+                try:
+                    speech = self.engine.speak(session, part, speaker, mood or found)
+                except EngineFull as error:
+                    raise Refused(503, "full", str(error), self.cfg.queue_seconds) from None
                 try:
                     yield from speech
                 finally:

@@ -216,10 +216,9 @@ def test_cut_before_the_first_word_or_after_the_last(model, codec):
     assert cut_off(session, len(turn.audio)) is turn and session.turns[-1] is turn
     session.say(0, "what?")
     listen(session, 1, sound(), "stop.")
-    with pytest.raises(ValueError, match="something else"):
-        cut_off(session, 100)
-    with pytest.raises(ValueError, match="nothing has been spoken"):
-        cut_off(Session(model, codec, TOKENIZER, GREEDY), 100)
+    for nothing in (session, Session(model, codec, TOKENIZER, GREEDY)):
+        with pytest.raises(ValueError, match="no turn to cut off"):
+            cut_off(nothing, 100)
 
 
 def test_text_is_cut_at_words():

@@ -149,7 +149,7 @@ def test_speech_is_what_the_model_says(client, lab):
     session.set_voice(1, **voice)
     session.prepare(1)
     said = session.say(1, "hello there.")
-    assert speech(client, voice="bruna").content == to_pcm(said.audio)
+    np.testing.assert_allclose(from_pcm(speech(client, voice="bruna").content) / 32767, said.audio, atol=1e-3)
 
 
 def test_long_texts_are_spoken_in_pieces(client):
