@@ -22,7 +22,7 @@ RANKS = {"config": 0,
          "batching": 7, "measuring": 7, "recordings": 7, "codec_data": 7, "demo": 7, "report": 7, "draw_codes": 7,
          "train": 8, "train_codec": 8,
          "serve_limits": 1, "serve_schemas": 1, "endpointing": 2, "speech_formats": 2, "live": 8, "responders": 8, "service": 9, "serve_app": 10, "serve": 11,
-         "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine": 8, "benchmark": 9}
+         "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_serve": 8, "benchmark_engine": 8, "benchmark": 9}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
 STANDARD_AT_IMPORT = {"config", "runtime", "setup_environment", "run_experiment"}
