@@ -405,7 +405,7 @@ def build_parser() -> config.Parser:
             part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
             part.add_argument("--positions", type=int, default=512, help="positions of a row; default 512")
             part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
-            part.add_argument("--precisions", default="fp32,bf16", choices=("fp32", "bf16", "fp32,bf16"), help="default fp32,bf16")
+            part.add_argument("--races", default="fp32,bf16,compiled,defaults", help="which of them; default fp32,bf16,compiled,defaults (bf16 as train.py trains, against float32)")
             part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
     card = parts.add_parser("card", help="write the README.md of a folder of weights", description=write_card.__doc__)
     card.add_argument("--kind", required=True, choices=("codec", "nano"))

@@ -111,7 +111,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """
     causal = isinstance(mask, str)
     if q.requires_grad and q.device.type == "cpu":
-        if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS and not torch.compiler.is_compiling():
+        if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS:
             return _attend_in_strips(q, k, v, None if causal else mask)
         return _attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
     bias = None if causal or mask is None else mask.to(q.dtype)
@@ -138,46 +138,52 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 def _attend_in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = _same_heads(q, k, v)
-    return _Strips.apply((q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous(), mask)
+    return _strips((q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous(), mask)
 
 
-class _Strips(torch.autograd.Function):
-    """Causal attention, ROWS queries at a time: keys of the future are not multiplied, attention weights not kept but computed again."""
+def _strip(q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, int]:
+    """Attention weights (B, H, R, end) of queries start..end, and end."""
+    end = min(start + ROWS, q.shape[2])
+    scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+    if mask is None:
+        scores[..., start:] += causal_mask(end - start, q.device).to(scores.dtype)
+    else:
+        scores += mask[:, :, start:end, :end].to(scores.dtype)
+    return scores.softmax(-1).to(q.dtype), end
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (scaled), k, v (B, H, S, E); mask (B, 1, S, S) additive, or None: causal."""
-        ctx.save_for_backward(q, k, v)
-        ctx.mask, out = mask, torch.empty_like(q)
-        for start in range(0, q.shape[2], ROWS):
-            w, end = _Strips.weights(q, k, mask, start)
-            out[:, :, start:end] = w @ v[:, :, :end]
-        return out
 
-    @staticmethod
-    def weights(q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, int]:
-        """(B, H, R, end) of queries start..end, and end."""
-        end = min(start + ROWS, q.shape[2])
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
-        if mask is None:
-            scores[..., start:] += causal_mask(end - start, q.device).to(scores.dtype)
-        else:
-            scores += mask[:, :, start:end, :end].to(scores.dtype)
-        return scores.softmax(-1).to(q.dtype), end
+# operators, so that torch.compile takes them whole instead of unrolling or breaking at them
+@torch.library.custom_op("csm::strips", mutates_args=())
+def _strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, ROWS queries at a time: keys of the future are not multiplied, attention weights not kept but computed again.
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v = ctx.saved_tensors
-        grad, dq = grad.contiguous(), torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)    # they are sums over strips
-        for start in range(0, q.shape[2], ROWS):
-            w, end = _Strips.weights(q, k, ctx.mask, start)
-            g = grad[:, :, start:end]
-            dv[:, :, :end] += w.transpose(-1, -2) @ g
-            ds = torch.ops.aten._softmax_backward_data(g @ v[:, :, :end].transpose(-1, -2), w, -1, w.dtype)
-            dq[:, :, start:end] = ds @ k[:, :, :end]
-            dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+    q (scaled), k, v (B, H, S, E); mask (B, 1, S, S) additive, or None: causal -> (B, H, S, E).
+    """
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[2], ROWS):
+        w, end = _strip(q, k, mask, start)
+        out[:, :, start:end] = w @ v[:, :, :end]
+    return out
+
+
+@torch.library.custom_op("csm::strips_backward", mutates_args=())
+def _strips_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    grad, dq = grad.contiguous(), torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)    # they are sums over strips
+    for start in range(0, q.shape[2], ROWS):
+        w, end = _strip(q, k, mask, start)
+        g = grad[:, :, start:end]
+        dv[:, :, :end] += w.transpose(-1, -2) @ g
+        ds = torch.ops.aten._softmax_backward_data(g @ v[:, :, :end].transpose(-1, -2), w, -1, w.dtype)
+        dq[:, :, start:end] = ds @ k[:, :, :end]
+        dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_strips.register_fake(lambda q, k, v, mask: torch.empty_like(q))
+_strips_backward.register_fake(lambda grad, q, k, v, mask: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+_strips.register_autograd(lambda ctx, grad: (*_strips_backward(grad, *ctx.saved_tensors), None),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def again(function, *tensors: Tensor) -> Tensor:
