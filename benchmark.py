@@ -5,6 +5,7 @@
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
+    python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
@@ -24,14 +25,16 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_personal
 import config
 from benchmark_codec import bench_codec, codec_body
+from benchmark_personal import bench_personal
 from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
-TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "personal": "A voice of one's own", "speed": "Speed", "train": "Training step"}
+TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "personal": 40, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
 
@@ -358,13 +361,13 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "personal": bench_personal, "speed": bench_speed, "train": bench_train}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "personal", "speed", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|personal|speed|train|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -375,9 +378,9 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "personal", "speed", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
-        if name in ("codec", "voice", "speed", "train", "inspect"):
+        if name in ("codec", "voice", "personal", "speed", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
         if name == "tokens":
@@ -390,8 +393,10 @@ def build_parser() -> config.Parser:
             part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
             part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
             part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
-        if name in ("voice", "speed", "inspect"):
+        if name in ("voice", "personal", "speed", "inspect"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
+        if name == "personal":
+            benchmark_personal.add_flags(part)
         if name == "voice":
             config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
             part.add_argument("--moods", action="store_true", help="give the mood of each turn")
