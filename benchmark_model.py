@@ -542,3 +542,16 @@ def draw_memory(path: Path, seen: dict) -> list[Path]:
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set(title=f"memory, layer {number}", xlabel="position")
     return keep(figure, path)
+
+
+def add_flags(part) -> None:
+    part.add_argument("--model_size", default="nano", help="preset whose geometry is raced; default nano")
+    part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
+    part.add_argument("--positions", type=int, default=512, help="positions of a row; default 512")
+    part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
+    part.add_argument("--races", default="fp32,bf16,compiled,defaults", help="which of them; default fp32,bf16,compiled,defaults (bf16 as train.py trains, against float32)")
+    part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
+
+
+def add_picture_flags(part) -> None:
+    part.add_argument("--save", default="outputs/benchmark/inspect", help="folder for what was drawn; default outputs/benchmark/inspect")

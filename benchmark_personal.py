@@ -126,7 +126,7 @@ def lost(before: list[dict], after: list[dict]) -> dict:
 
 
 def bench_personal(args) -> tuple[dict, str]:
-    """The whole of it: recordings, adapter, sentences without context, other voices."""
+    """Some minutes of a new voice learnt by an adapter, sentences without context, and what other voices lose."""
     import lora
     if args.minutes <= 0 or args.steps < 1:
         raise ValueError(f"--minutes {args.minutes}, --steps {args.steps}: use more than 0 and at least 1")
