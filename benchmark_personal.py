@@ -13,9 +13,10 @@ from pathlib import Path
 
 import config
 from benchmark_voice import load_talker, sampling_of, session_with_voices, weights_name, written_sentences
-from measuring import WORDS, hear, pick_turns, show, sound_of, summary, table
+from measuring import hear, pick_turns, show, sound_of, summary, table
 
 SIMILAR, KEPT = 0.85, 0.03            # bars: cosine of the new voice; how much other voices may lose
+LENGTH = (6, 25)                      # words of a sentence: shorter ones say little about a voice
 SPEAKER = 1                           # the assistant's tag, the one that demo.py speaks with
 NAMES = {"source": "the voice itself, other sentences", "before": "the model", "after": "**with the adapter**"}
 
@@ -35,7 +36,7 @@ def texts_of(split: str, seed: int) -> list[str]:
         found = [s for part in written_sentences() for s in part]
     else:
         found = [turn["text"] for d in synthetic.dialogues()[split] for turn in d["turns"]]
-    found = sorted({s for s in found if WORDS[0] <= len(s.split()) <= WORDS[1]})
+    found = sorted({s for s in found if LENGTH[0] <= len(s.split()) <= LENGTH[1]})
     random.Random(f"personal texts {seed}").shuffle(found)
     return found
 

@@ -15,7 +15,7 @@ def test_texts_are_fit_to_be_said_once_each_and_the_splits_share_none():
     train, test = personal.texts_of("train", 0), personal.texts_of("test", 0)
     assert len(set(train)) == len(train) > 1000 and len(set(test)) == len(test) > 50 and not set(train) & set(test)
     assert personal.texts_of("test", 0) == test != personal.texts_of("test", 1)
-    assert all(personal.WORDS[0] <= len(t.split()) <= personal.WORDS[1] for t in test)
+    assert all(personal.LENGTH[0] <= len(t.split()) <= personal.LENGTH[1] for t in test)
 
 
 def test_a_seed_names_a_voice():
