@@ -241,13 +241,17 @@ class ReadMemory(CrossAttention):
         rate = torch.tensor([math.log(2) / half for half in self.half_lives])
         self.decay.copy_(rate.expm1().log().unsqueeze(1).expand_as(self.decay))  # softplus(decay) = rate
 
-    def forward(self, x: Tensor, slots: Slots, age: Tensor) -> Tensor:
-        """x (B, S, D), age (B, S, M) -> (B, S, D)."""
+    def prepare(self, slots: Slots, age: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v (B, H, 2 M, E) and bias (B, H, S, 2 M): all that does not depend on the hidden states."""
         both = torch.cat([slots.semantic + self.bank[0], slots.prosodic + self.bank[1]], 1)  # (B, 2 M, W)
         k, v = self.keys(both)
         fade = -F.softplus(self.decay)[..., None, None] * age[:, None, None]   # (B, 2, H, S, M)
         fade = fade.masked_fill((slots.turn < 0)[:, None, None, None, :], -math.inf)
-        bias = torch.cat([fade[:, 0], fade[:, 1]], -1)                         # (B, H, S, 2 M)
+        return k, v, torch.cat([fade[:, 0], fade[:, 1]], -1)
+
+    def forward(self, x: Tensor, slots: Slots, age: Tensor) -> Tensor:
+        """x (B, S, D), age (B, S, M) -> (B, S, D)."""
+        k, v, bias = self.prepare(slots, age)
         q = self.q_proj(self.norm(x))
         return x + (self.output_proj(self.look(q, k, v, bias.to(q.dtype))) * self.gate).to(x.dtype)
 

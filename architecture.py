@@ -94,6 +94,17 @@ class DecodeState:
         self.seen: Positions | None = None
         self.runs: Runs | None = None
         self.padded = False
+        self.voiced = 0                                                        # newest positions, all voice of the last turn, that `seen` lacks (frame_step.py)
+
+    def settle(self) -> None:
+        """Note down in `seen` the voice positions that were only counted."""
+        if not self.voiced:
+            return
+        count, last = self.voiced, self.seen.turn[:, -1:]
+        here = last.new_ones(self.batch, count)
+        order = self.seen.order[:, -1:] + torch.arange(1, count + 1, device=last.device)
+        self.seen = self.seen.join(Positions(here.bool(), here.bool(), 0 * here, last * here, -here, order))
+        self.voiced = 0
 
     def visible(self) -> Slots | None:
         """Slots of turns before the window's first one, the newest max_slots of them."""
@@ -355,6 +366,7 @@ class CSM(nn.Module):
         cfg, start = self.cfg, state.length if state else 0
         check_batch(cfg, batch, self.text_embeddings.weight)
         if state is not None:
+            state.settle()
             check_state(state, batch, self.text_embeddings.weight)
         limit = state.limit if state else cfg.backbone.max_positions
         if start + batch.S > limit:

@@ -346,6 +346,21 @@ class SamplingConfig:
         _require(self.lead_seconds >= 0, "lead_seconds must be at least 0: change --lead_seconds")
 
 
+@dataclass(frozen=True)
+class BatchingConfig:
+    """Many conversations on one model (batching.py)."""
+    max_turns: int = 8                # turns that are made at the same time
+    max_waiting: int = 32             # further ones that wait for their turn; beyond them they are turned away
+    prefill_positions: int = 64       # positions that newcomers take in between two frames of the others
+    ahead_seconds: float = 4.0        # a turn that is so far ahead of its listener rests, which leaves the machine to the others
+
+    def __post_init__(self):
+        _require(self.max_turns >= 1, "max_turns must be at least 1: change --max_turns")
+        _require(self.max_waiting >= 0, "max_waiting must be at least 0: change --max_waiting")
+        _require(self.prefill_positions >= 1, "prefill_positions must be at least 1: change --prefill_positions")
+        _require(self.ahead_seconds > 0, "ahead_seconds must be positive: change --ahead_seconds")
+
+
 @dataclass
 class TrainConfig:
     """One training run of the CSM model (train.py)."""

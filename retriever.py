@@ -1,0 +1,54 @@
+"""Answers from written dialogues, by the similarity of what was said before them. Knows no model."""
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+
+class Retriever:
+    """Answers from written dialogues: what was said after the most similar turns (TF-IDF cosine).
+
+    A turn that opens its dialogue stands for itself, so the answer to it counts for more; so does an answer
+    that takes up words of the question.
+    """
+    OPENING, ECHO = 1.3, 0.5
+
+    def __init__(self, dialogues: list[dict]):
+        """dialogues: {"kind": str, "turns": [{"speaker", "mood", "text"}, ...]}, as in assets/dialogues."""
+        self.pairs: list[tuple[str, dict, int]] = []            # said, answered, how many turns came before
+        for dialogue in dialogues:
+            turns = dialogue["turns"]
+            for before, (a, b) in enumerate(zip(turns, turns[1:])):
+                if a["speaker"] != b["speaker"] and (dialogue.get("kind") != "assistant" or b["speaker"] == "assistant"):
+                    self.pairs.append((a["text"], b, before))
+        counts = [Counter(_terms(said)) for said, _, _ in self.pairs]
+        seen = Counter(term for count in counts for term in count)
+        self.weight = {term: math.log(len(counts) / n) + 1 for term, n in seen.items()}
+        self.index: dict[str, list] = {}
+        for number, count in enumerate(counts):
+            for term, value in self._vector(count).items():
+                self.index.setdefault(term, []).append((number, value))
+
+    def _vector(self, count: Counter) -> dict[str, float]:
+        vector = {t: (1 + math.log(n)) * self.weight[t] for t, n in count.items() if t in self.weight}
+        norm = math.sqrt(sum(v * v for v in vector.values())) or 1.0
+        return {t: v / norm for t, v in vector.items()}
+
+    def nearest(self, text: str, count: int = 8) -> list[tuple[float, dict]]:
+        """(score, reply turn), best first."""
+        asked, scores = self._vector(Counter(_terms(text))), Counter()
+        for term, value in asked.items():
+            for number, other in self.index[term]:
+                scores[number] += value * other
+        found = []
+        for number, score in scores.most_common(8 * count):
+            _, reply, before = self.pairs[number]
+            echo = sum(v * asked.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
+            found.append((score * (self.OPENING if before == 0 else 1.0) + self.ECHO * echo * score, reply))
+        return sorted(found, key=lambda pair: -pair[0])[:count]
+
+
+def _terms(text: str) -> list[str]:
+    words = re.findall(r"[a-z']+", text.lower())
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
