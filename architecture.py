@@ -228,6 +228,8 @@ class CSM(nn.Module):
         self.memory_writer = MemoryWriter(cfg) if m.enabled else None
         self.read_memory = nn.ModuleList(ReadMemory(cfg) for _ in range(cfg.backbone.layers // m.every if m.enabled else 0))
         self._fast: tuple | None = None
+        self.frame_codes = None                                                # instead of depth_generate for one row: depth_graph.py, speculative.py
+        self.precision = "fp32"                                                # what products compute in: quantisation.py
 
     # ---- weights
 

@@ -124,3 +124,20 @@ class DepthGraph:
             gate, up = gate_up_of(stack.unit(x, before_mlp)).chunk(2, -1)
             x = x + down_of(F.silu(gate) * up)
         return stack.unit(x), torch.stack(new_keys), torch.stack(new_values)
+
+
+def compile_depth(model: CSM, sampling: SamplingConfig | None = None, codebook_size: int | None = None) -> str:
+    """Compile the frame of `model` as it is now (after quantise) and let generation use it; returns a line that says what runs.
+
+    Where it cannot be compiled (no C++ compiler, as a rule) everything stays as it was and the line says why.
+    """
+    cfg = model.cfg
+    try:
+        graph, weight = DepthGraph(model), model.text_embeddings.weight
+        with torch.inference_mode():                                           # the first call compiles
+            graph(weight.new_zeros(1, cfg.backbone.width), torch.full((1,), cfg.code_offset, device=weight.device),
+                  codebook_size or cfg.audio_vocab - cfg.code_offset, sampling or SamplingConfig())
+    except Exception as error:                                                 # the compiler's own kinds are many
+        return f"depth decoder not compiled ({' '.join(str(error).split())[:120]}): step by step instead"
+    model.frame_codes = graph
+    return "depth decoder compiled: one graph a frame"

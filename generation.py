@@ -158,6 +158,9 @@ def draw_codes(model: CSM, hidden: Tensor, codebook_size: int, sampling: Samplin
     if first is None:
         first = sample(_only_codes(model.c0_logits(hidden), model.cfg, codebook_size, False), sampling.temperature, sampling.top_k, generator)
 
+    if model.frame_codes is not None and len(hidden) == 1:
+        return model.frame_codes(hidden, first, codebook_size, sampling, generator)
+
     def pick(logits: Tensor, k: int) -> Tensor:
         return sample(_only_codes(logits, model.cfg, codebook_size, False), sampling.depth_temperature, sampling.depth_top_k, generator)
     return model.depth_generate(hidden, first, pick)
@@ -466,6 +469,7 @@ class Session:
         self._state, self._spare = None, None       # None: to be filled again from the turns; its buffers
         self._start = 0                             # first turn in the window
         self._opener: int | None = None             # who speaks first after the voices
+        self.write = generate_text                  # or a speculative.TextLookup
 
     # ---- what is known
 
@@ -637,8 +641,8 @@ class Session:
         """What `speaker` would say now, by the text head. ValueError where nothing speakable comes out."""
         self.prepare()
         for _ in range(tries):
-            ids = generate_text(self.model, self.tokenizer, copy.copy(self._state), self.tokenizer.speak_prefix(speaker, mood),
-                                self._number, REPLY_TOKENS, self.sampling.text_temperature, self.generator)
+            ids = self.write(self.model, self.tokenizer, copy.copy(self._state), self.tokenizer.speak_prefix(speaker, mood),
+                             self._number, REPLY_TOKENS, self.sampling.text_temperature, self.generator)
             text = self.tokenizer.decode(ids)
             if any(c.isascii() and c.isalpha() for c in text):
                 return text
