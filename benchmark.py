@@ -7,6 +7,7 @@
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py speed         where do the milliseconds of a frame go?
+    python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_fast
 import benchmark_model
 import benchmark_personal
 import benchmark_tokens
@@ -387,6 +389,7 @@ PARTS = {
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
+    "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
 
