@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from additions import (
     Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, sight_rows, spoken_runs, turn_sums)
 from config import ModelConfig
-from layers import CrossAttention, FoldedStack, KVCache, Packing, RMSNorm, Transformer, in_pieces, pack
+from layers import CrossAttention, FoldedStack, KVCache, Packing, Product, RMSNorm, Transformer, in_pieces, pack
 
 LOGITS = 2 ** 24                        # numbers: a loss over more logits than this makes them in pieces
 
@@ -197,19 +197,19 @@ class FoldedDepth:
     TABLE = 2 ** 25                     # numbers: beyond this the projected embeddings are not kept
 
     @torch.no_grad()
-    def __init__(self, model: "CSM"):
+    def __init__(self, model: "CSM", product=Product):
         cfg = model.cfg
-        self.stack = FoldedStack(model.decoder, cfg.num_codebooks)
-        self.heads = [head * self.stack.scale.unsqueeze(1) for head in model.audio_head]  # K - 1 of (Dd, V)
+        self.stack = FoldedStack(model.decoder, cfg.num_codebooks, product)
+        self.heads = [product((head * self.stack.scale.unsqueeze(1)).t()) for head in model.audio_head]  # K - 1 times (M, Dd) -> (M, V)
         small = cfg.num_codebooks * cfg.audio_vocab * cfg.depth.width <= self.TABLE
         rows = model.audio_embeddings.weight
         self.tables = (model.projection(rows) if small else rows).view(cfg.num_codebooks, cfg.audio_vocab, -1)
-        self.projection = None if small else model.projection.weight
+        self.projection = None if small else product(model.projection.weight)
 
     def embed(self, k: int, codes: Tensor) -> Tensor:
         """codes (M,) of codebook k -> (M, Dd)."""
         x = self.tables[k].index_select(0, codes)
-        return x if self.projection is None else F.linear(x, self.projection)
+        return x if self.projection is None else self.projection(x)
 
 
 # ----------------------------------------------------------------------------- the model
@@ -239,6 +239,8 @@ class CSM(nn.Module):
         self.memory_writer = MemoryWriter(cfg) if m.enabled else None
         self.read_memory = nn.ModuleList(ReadMemory(cfg) for _ in range(cfg.backbone.layers // m.every if m.enabled else 0))
         self._fast: tuple | None = None
+        self.frame_codes = None                                                # instead of depth_generate for one row: depth_graph.py, speculative.py
+        self.precision = "fp32"                                                # what products compute in: quantisation.py
 
     # ---- weights
 
@@ -475,16 +477,22 @@ class CSM(nn.Module):
         codes = [c0]
         for k in range(1, self.cfg.num_codebooks):
             x = fast.stack.step(fast.embed(k - 1, codes[-1]), k, cache)
-            codes.append(pick(x @ fast.heads[k - 1], k))
+            codes.append(pick(fast.heads[k - 1](x), k))
         return torch.stack(codes, 1)
 
     def _folded(self) -> "FoldedDepth":
-        # the version counts in-place changes: an optimiser step or load_state_dict makes the copy stale
-        sources = [*self.decoder.parameters(), self.audio_head, self.projection.weight, self.audio_embeddings.weight]
-        key = tuple((p.data_ptr(), p._version) for p in sources)
-        if self._fast is None or self._fast[0] != key:
-            self._fast = key, FoldedDepth(self)
+        if self._fast is None or self._fast[0] != self._fold_key():
+            self._fast = self._fold_key(), FoldedDepth(self)
         return self._fast[1]
+
+    def _fold_key(self) -> tuple:
+        # the version counts in-place changes: an optimiser step or load_state_dict makes the copy stale
+        sources = [*self.decoder.parameters(), self.audio_head, *self.projection.parameters(), self.audio_embeddings.weight]
+        return tuple((p.data_ptr(), p._version) for p in sources)
+
+    def keep_folded(self, fast: "FoldedDepth") -> None:
+        """Let depth_generate use these weights until the model's own change (quantisation.py)."""
+        self._fast = self._fold_key(), fast
 
     # ---- memory
 

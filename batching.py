@@ -31,7 +31,7 @@ from torch import Tensor
 import listening
 from config import BatchingConfig as BatchingConfig, SamplingConfig
 from frame_step import FrameStep
-from generation import Session, samples_of, semantic_count
+from generation import Session, draw_codes, samples_of, semantic_count
 from rvq_tokenizer import Codec
 from turns import Speaking, Turn, guided, prefill
 
@@ -263,7 +263,10 @@ def draw_frames(model, lanes: list[_SpeechLane], codebook_size: int) -> list[Ten
     first = sample_rows(logits, [s.temperature for s in samplings], [s.top_k for s in samplings], [lane.generator for lane in lanes])
     on = [r for r, c in enumerate(first.tolist()) if c or not cfg.code_offset]
     tokens = first.new_zeros(len(lanes), cfg.num_codebooks)
-    if on:
+    if len(on) == 1:
+        lane = lanes[on[0]]
+        tokens[on] = draw_codes(model, hidden[on], codebook_size, lane.session.sampling, lane.generator, first[on])
+    elif on:
         temperatures, top_ks = [samplings[r].depth_temperature for r in on], [samplings[r].depth_top_k for r in on]
         generators = [lanes[r].generator for r in on]
 
@@ -371,14 +374,17 @@ class BatchingEngine:
             self._enter(lane, listener.opening(), self._hearing.append, self._preparing)
         return Hearing(self, lane)
 
-    def call(self, session: Session, function: Callable, *args, **more):
-        """function(session, *args, **more) in this thread, while nobody else works on the session. It slows the others only by the work itself."""
+    def call(self, session: Session | None, function: Callable, *args, **more):
+        """function(session, *args, **more) in this thread, while nobody else works on the session (None: on none). It slows the others only by the work itself."""
         with self._wake:
-            self._reserve(session, self)
+            self._open()
+            if session is not None:
+                self._reserve(session, self)
         try:
             return function(session, *args, **more)
         finally:
-            self._release(session)
+            if session is not None:
+                self._release(session)
 
     def rest(self, session: Session) -> None:
         """Give the session's buffers back; turns and memory stay, the next turn fills its window again."""

@@ -5,7 +5,9 @@
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
+    python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py speed         where do the milliseconds of a frame go?
+    python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
@@ -23,17 +25,22 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import benchmark_codec
+import benchmark_fast
+import benchmark_model
+import benchmark_personal
+import benchmark_serve
+import benchmark_tokens
+import benchmark_voice
 import config
-from benchmark_codec import bench_codec, codec_body
-from benchmark_serve import bench_serve
-from benchmark_tokens import bench_tokens
-from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
+from benchmark_codec import codec_body
+from benchmark_voice import load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "serve": "Server", "train": "Training step"}
-TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8, "serve": 600}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
 
@@ -45,13 +52,13 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """`text` of RESULTS.md with the section `name` replaced, or put in where it belongs in the order of TITLES."""
+    """`text` of RESULTS.md with the section `name` replaced, or put in where it belongs in the order of PARTS."""
     begin, end = markers(name)
     section = f"{begin}\n{body.strip()}\n{end}\n"
     if begin in text:
         head, rest = text.split(begin, 1)
         return head + section + rest.split(end, 1)[1].removeprefix("\n")
-    later = [markers(other)[0] for other in list(TITLES)[list(TITLES).index(name) + 1:]]
+    later = [markers(other)[0] for other in list(PARTS)[list(PARTS).index(name) + 1:]]
     place = min((text.index(m) for m in later if m in text), default=len(text))
     return text[:place].rstrip("\n") + "\n\n" + section + ("\n" + text[place:] if text[place:] else "")
 
@@ -71,7 +78,7 @@ def write_section(path, name: str, result: dict, body: str, manifest: dict) -> N
     text = path.read_text(encoding="utf-8") if path.is_file() else INTRO
     threads = f"{manifest['torch_threads']} torch thread{'s' if manifest['torch_threads'] != 1 else ''}"
     machine = f"{manifest['cpu']}, {manifest['cores']} cores, {threads}" + (f", {manifest['gpu']}" if manifest["gpu"] else "")
-    lines = [f"## {TITLES[name]}", "", f"`{result['command']}`  ", f"{manifest['time'][:10]}, commit {(manifest['commit'] or 'unknown')[:12]}"
+    lines = [f"## {PARTS[name].title}", "", f"`{result['command']}`  ", f"{manifest['time'][:10]}, commit {(manifest['commit'] or 'unknown')[:12]}"
              f"{'+' if (manifest['commit'] or '').endswith('+') else ''}, {machine}, torch {manifest['versions']['torch']}", "", body, "",
              "<details><summary>JSON</summary>", "", "```json", json.dumps(result, ensure_ascii=False), "```", "", "</details>"]
     runtime.atomic_write(path, replace_section(text, name, "\n".join(lines)))
@@ -347,74 +354,62 @@ def write_card(args) -> dict:
 
 def bench_train(args) -> tuple[dict, str]:
     """Forward and backward beside transformers' CSM at the same geometry, weights and batch; the memory plan beside a measurement."""
-    import benchmark_model
     import train
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
-    import benchmark_model
     return benchmark_model.write_pictures(load_talker(args), args)
 
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "serve": bench_serve, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "serve", "inspect")
+@dataclass(frozen=True)
+class Part:
+    """One part of the benchmark: `bench(args)` -> (numbers, text of its section)."""
+    title: str                          # of its section in RESULTS.md
+    bench: Callable
+    uses: str = ""                      # which of SHARED it takes
+    turns: int = 0                      # default of --turns; 0: has none
+    add_flags: Callable = lambda part: None
+
+
+SHARED = {"data": lambda part: part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic"),
+          "split": lambda part: part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test"),
+          "codec": lambda part: part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec"),
+          "checkpoint": lambda part: part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano"),
+          "device": lambda part: part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu"),
+          "threads": lambda part: part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")}
+MODEL = "data split codec checkpoint device threads"
+# in the order of RESULTS.md
+PARTS = {
+    "judges": Part("Can the judges tell good from bad?", bench_judges, "data split", 24),
+    "data": Part("Synthetic data", bench_data, "data split", 60),
+    "codec": Part("Codec", benchmark_codec.bench_codec, "data split codec device threads", 30, benchmark_codec.add_flags),
+    "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
+    "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
+    "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
+    "speed": Part("Speed", bench_speed, MODEL, 8),
+    "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
+    "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 0, benchmark_serve.add_flags),
+    "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
+}
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|serve|train|inspect|card")
-    for name, bench in (BENCHES | {"inspect": inspect}).items():
-        part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
-        if name in ON_DATA:
-            part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
-            part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test")
-        if name in TURNS:
-            part.add_argument("--turns", type=int, default=TURNS[name], help=f"utterances; default {TURNS[name]}")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="|".join([*PARTS, "inspect", "card"]))
+    for name, kind in (PARTS | {"inspect": Part("", inspect, MODEL, 0, benchmark_model.add_picture_flags)}).items():
+        part = parts.add_parser(name, help=kind.bench.__doc__.split("\n")[0], description=kind.bench.__doc__)
         part.add_argument("--seed", type=int, default=0, help="default 0")
-        if name in BENCHES:
+        if kind.turns:
+            part.add_argument("--turns", type=int, default=kind.turns, help=f"utterances; default {kind.turns}")
+        if name in PARTS:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "serve", "inspect"):
-            part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
-        if name in ("codec", "voice", "speed", "serve", "train", "inspect"):
-            part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
-            part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
-        if name == "tokens":
-            part.add_argument("--train_turns", type=int, default=3000, help="training turns of both probes; default 3000")
-            part.add_argument("--probe_turns", type=int, default=200, help="test turns that are spelled; default 200")
-            part.add_argument("--steps", type=int, default=1500, help="training steps of a text probe; default 1500")
-            part.add_argument("--model_steps", type=int, default=600, help="training steps of the frame model; default 600")
-            config.add_flags(part, config.SamplingConfig, only=("top_k", "depth_temperature"))
-        if name == "codec":
-            part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
-            part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
-            part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
-        if name == "serve":
-            part.add_argument("--sessions", default="1,2,4,8", help="clients at once; default 1,2,4,8")
-            part.add_argument("--seconds", type=float, default=30.0, help="of every level of streams; default 30")
-            part.add_argument("--talks", type=int, default=4, help="spoken turns of every conversation; 0: none; default 4")
-            part.add_argument("--ends", type=int, default=60, help="turns of which the end is looked for; 0: none; default 60")
-            part.add_argument("--malformed", type=int, default=10_000, help="malformed requests and frames; 0: none; default 10000")
-        if name in ("voice", "speed", "serve", "inspect"):
-            part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
-        if name == "voice":
-            config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
-            part.add_argument("--moods", action="store_true", help="give the mood of each turn")
-            part.add_argument("--sets", type=int, default=SETS, help=f"utterances of each special set (numbers, names, ...); 0: none; default {SETS}")
-            part.add_argument("--long", type=int, default=LONG, help=f"turns of the long conversation; 0: none; default {LONG}")
-            part.add_argument("--listen", type=int, default=LISTEN, help=f"turns that the model writes down; 0: none; default {LISTEN}")
-        if name in ("voice", "inspect"):
-            part.add_argument("--save", default=f"outputs/benchmark/{name}", help=f"folder for what was {'said' if name == 'voice' else 'drawn'}; default outputs/benchmark/{name}")
-        if name == "train":
-            part.add_argument("--model_size", default="nano", help="preset whose geometry is raced; default nano")
-            part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
-            part.add_argument("--positions", type=int, default=512, help="positions of a row; default 512")
-            part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
-            part.add_argument("--precisions", default="fp32,bf16", choices=("fp32", "bf16", "fp32,bf16"), help="default fp32,bf16")
-            part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
+        for word in kind.uses.split():
+            SHARED[word](part)
+        kind.add_flags(part)
     card = parts.add_parser("card", help="write the README.md of a folder of weights", description=write_card.__doc__)
     card.add_argument("--kind", required=True, choices=("codec", "nano"))
     card.add_argument("--folder", default="", help="default pretrained/KIND")
@@ -438,12 +433,12 @@ def run(args, words: list[str]) -> int:
     if getattr(args, "threads", 0):
         import torch
         torch.set_num_threads(args.threads)
-    if args.what in ON_DATA and not Path(args.data).is_dir():
+    if hasattr(args, "data") and not Path(args.data).is_dir():
         raise ValueError(f"there is no data in {args.data}: run python collect_data.py first, or name the folder with --data")
     if args.what == "inspect":
         print(json.dumps(rounded(inspect(args))))
         return 0
-    result, body = BENCHES[args.what](args)
+    result, body = PARTS[args.what].bench(args)
     result = rounded({"command": "python benchmark.py " + shlex.join(words)} | result)
     write_section(args.results, args.what, result, body, runtime.run_manifest())
     print(f"\n{body}\n")

@@ -413,3 +413,9 @@ def codec_body(result: dict) -> str:
     body += table(["codebook"] + [str(i + 1) for i in range(len(use["entropy"]))],
                   [["entropy"] + [f"{e:.2f}" for e in use["entropy"]], ["unused"] + [f"{100 * d:.0f} %" for d in use["dead"]]])
     return body + ("\n\n" + bars_table(result["bars"]) if result.get("bars") else "")
+
+
+def add_flags(part) -> None:
+    part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
+    part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
+    part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")

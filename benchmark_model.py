@@ -24,6 +24,8 @@ from measuring import pick_turns, show, sound_of, table
 TURN = 128                      # positions of a turn in the batch; half text, half voice, the last its end frame
 PLAN_POSITIONS = 128            # of the step that is compared with the plan, for sizes other than the raced one
 NAMES = {"ours": "this model, additions off", "theirs": "transformers"}
+# how each side computes: the same precision for both; blocks of ours compiled; and each as it trains when nobody says anything (train.py in bf16)
+RACES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "compiled": ("bf16 compiled", "bf16"), "defaults": ("bf16", "fp32")}
 # their model holds a Mimi that training does not run: the smallest there can be, so that it does not count against them
 MIMI = {"model_type": "mimi", "hidden_size": 16, "num_filters": 4, "num_residual_layers": 1, "upsampling_ratios": [4, 2], "codebook_size": 32, "codebook_dim": 16,
         "vector_quantization_hidden_dimension": 16, "upsample_groups": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -88,6 +90,8 @@ def our_step(spec: dict, device):
     import runtime
     import torch
     model = weights(spec).to(device).train()
+    if spec.get("compile"):
+        model.compile_blocks(dynamic=False)
     batch = make_batch(model.cfg, spec["rows"], spec["positions"], spec["seed"]).to(device)
 
     def step():
@@ -152,8 +156,31 @@ def their_inputs(own, batch, theirs, seed: int) -> tuple[dict, object]:
 STEPS = {"ours": our_step, "theirs": their_step}
 
 
+def step_flops(spec: dict) -> float:
+    """Floating point operations that the model asks of one step: three times those of its forward pass, attention counted whole, nothing computed twice."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    model = weights(spec)
+    batch = make_batch(model.cfg, spec["rows"], spec["positions"], spec["seed"])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.loss(batch, generator=torch.Generator().manual_seed(spec["seed"]))
+    return 3.0 * counter.get_total_flops()
+
+
+def peak_flops(device, precision: str, size: int = 2048, repeats: int = 5) -> float:
+    """Operations per second of the best of some large matrix products: what this machine can do at most."""
+    import torch
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size ** 3 / min(seconds[1:])
+
+
 def serve(pipe, name: str, spec: dict) -> None:
-    """Body of a side's process: builds its model, then answers "step" and "memory" until "stop"."""
+    """Body of a side's process: builds its model, then answers "step", "memory" and "peak" (after it) until "stop"."""
     try:
         import architecture  # noqa: F401      what both import does not count as the model's
         import csm_weights  # noqa: F401
@@ -168,8 +195,8 @@ def serve(pipe, name: str, spec: dict) -> None:
         step = STEPS[name](spec, device)
         gc.collect()
         while (word := pipe.recv()) != "stop":
-            if word == "memory":
-                pipe.send({"libraries": libraries, "peak": memory_mb(device)})
+            if word in ("memory", "peak"):
+                pipe.send({"libraries": libraries, "peak": memory_mb(device)} if word == "memory" else {"flops": peak_flops(device, spec["precision"])})
                 continue
             start, busy = time.perf_counter(), time.process_time()
             loss = step()
@@ -206,25 +233,28 @@ class Side:
             self.process.terminate()
 
 
-def race(spec: dict, repeats: int) -> dict:
-    """Steps of both sides in turns: seconds of each, losses, memory. The first step of each warms up and is not timed."""
+def race(spec: dict, name: str, repeats: int) -> dict:
+    """Steps of both sides in turns: seconds of each, losses, memory. The first step of each warms up and is not timed. name: of RACES."""
     from tqdm import tqdm
     sides: dict[str, Side] = {}
     try:
-        for name in STEPS:
-            sides[name] = Side(name, spec)
+        for side, how in zip(STEPS, RACES[name]):
+            precision, *compiled = how.split()
+            sides[side] = Side(side, spec | {"precision": precision, "compile": bool(compiled)})
         first = {name: side.ask("step") for name, side in sides.items()}
         seconds, cpu = ({name: [] for name in sides} for _ in range(2))
-        for number in tqdm(range(repeats), desc=f"train {spec['precision']}", unit="pair"):
-            for name in sorted(sides, reverse=bool(number % 2)):
-                taken = sides[name].ask("step")
-                seconds[name].append(taken["seconds"])
-                cpu[name].append(taken["cpu"])
+        for number in tqdm(range(repeats), desc=f"train {name}", unit="pair"):
+            for side in sorted(sides, reverse=bool(number % 2)):
+                taken = sides[side].ask("step")
+                seconds[side].append(taken["seconds"])
+                cpu[side].append(taken["cpu"])
         memory = {name: side.ask("memory") for name, side in sides.items()}
+        peak = {name: side.ask("peak")["flops"] for name, side in sides.items()}
     finally:
         for side in sides.values():
             side.close()
-    return race_result(spec, first, seconds, memory) | {"speed_by_cpu_time": sum(cpu["theirs"]) / sum(cpu["ours"])}
+    used = {side: step_flops(spec) / statistics.median(seconds[side]) / peak[side] for side in sides}
+    return race_result(spec, first, seconds, memory) | {"speed_by_cpu_time": sum(cpu["theirs"]) / sum(cpu["ours"]), "model_flop_utilisation": used}
 
 
 def race_result(spec: dict, first: dict, seconds: dict, memory: dict) -> dict:
@@ -288,15 +318,17 @@ def plan_row(name: str, rows: int, positions: int, build_optimisers, threads: in
 # ----------------------------------------------------------------------------- benchmark.py train
 
 def bench_train(args, build_optimisers) -> tuple[dict, str]:
-    """Both models in both precisions, and the plan; build_optimisers: those of train.py."""
+    """Both models in every race, and the plan; build_optimisers: those of train.py."""
     if args.rows < 1 or args.positions < TURN or args.repeats < 1:
         raise ValueError(f"--rows {args.rows}, --positions {args.positions}, --repeats {args.repeats}: use at least 1, {TURN} and 1")
     names = [name for name in args.plan.split(",") if name]
+    if unknown := set(args.races.split(",")) - set(RACES):
+        raise ValueError(f"--races {','.join(sorted(unknown))}: use some of {', '.join(RACES)}")
     for name in (args.model_size, *names):
         config.model_preset(name)
     spec = {k: getattr(args, k) for k in ("model_size", "rows", "positions", "seed", "device", "threads")}
     result = {"batch": spec, "depth_fraction": config.model_preset("csm-1b").depth_fraction,
-              "races": {precision: race(spec | {"precision": precision}, args.repeats) for precision in args.precisions.split(",")}, "plan": {}}
+              "races": {name: race(spec, name, args.repeats) for name in args.races.split(",")}, "plan": {}}
     for name in names:
         rows, positions = (args.rows, args.positions) if name == args.model_size else (1, PLAN_POSITIONS)
         result["plan"][name] = plan_row(name, rows, positions, build_optimisers, args.threads)
@@ -305,7 +337,7 @@ def bench_train(args, build_optimisers) -> tuple[dict, str]:
 
 
 def bars(races: dict) -> list[dict]:
-    """What this project asks of its training step beside transformers', in each precision; the losses are compared in float32."""
+    """What this project asks of its training step beside transformers', in each race; the losses are compared in float32."""
     found = []
     for precision, r in races.items():
         found.append({"what": f"{precision}: positions per second, times transformers'", "bar": "at least 2", "value": r["speed"]["median"], "met": r["speed"]["median"] >= 2})
@@ -319,12 +351,13 @@ def train_body(result: dict) -> str:
     rows = []
     for precision, r in result["races"].items():
         for name in STEPS:
-            rows.append([precision, NAMES[name], show(r["positions_per_second"][name], 0), show(r["peak_mb"][name], 0), show(r["above_libraries_mb"][name], 0),
+            rows.append([precision, NAMES[name], RACES[precision][name == "theirs"], show(r["positions_per_second"][name], 0), show(100 * r["model_flop_utilisation"][name], 0), show(r["peak_mb"][name], 0), show(r["above_libraries_mb"][name], 0),
                          show(r["loss"][name]["c0"], 5), show(r["loss"][name]["depth"], 5)])
-    body = table(["precision", "model", "positions/s", "peak memory, MB", "of it above the libraries'", "loss of codebook 1", "loss of the others"], rows)
+    body = table(["race", "model", "precision", "positions/s", "MFU, %", "peak memory, MB", "of it above the libraries'", "loss of codebook 1", "loss of the others"], rows)
     b = result["batch"]
     body += (f"\n\nForward and backward of the `{b['model_size']}` geometry on {b['rows']} rows of {b['positions']} positions, half of them voice, {show(result['depth_fraction'], 4)} of the frames "
-             "through the depth decoder, same weights, frames and codes; the two take their steps in turns. ")
+             "through the depth decoder, same weights, frames and codes; the two take their steps in turns. "
+             "MFU: operations that the model asks for (a forward pass three times, nothing computed twice) over those of the best large matrix product of that process. ")
     body += " ".join(f"{p}: {show(r['speed']['median'])} times the positions per second ({show(r['speed']['lowest'])} to {show(r['speed']['highest'])} over {r['speed']['pairs']} pairs of steps; {show(r['speed_by_cpu_time'])} by CPU time, which does not count what else the machine did), "
                      f"{show(r['memory'])} of the memory ({show(r['memory_of_processes'])} with the libraries)." for p, r in result["races"].items())
     said = {True: "met", False: "**missed**"}
@@ -509,3 +542,16 @@ def draw_memory(path: Path, seen: dict) -> list[Path]:
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set(title=f"memory, layer {number}", xlabel="position")
     return keep(figure, path)
+
+
+def add_flags(part) -> None:
+    part.add_argument("--model_size", default="nano", help="preset whose geometry is raced; default nano")
+    part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
+    part.add_argument("--positions", type=int, default=512, help="positions of a row; default 512")
+    part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
+    part.add_argument("--races", default="fp32,bf16,compiled,defaults", help="which of them; default fp32,bf16,compiled,defaults (bf16 as train.py trains, against float32)")
+    part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
+
+
+def add_picture_flags(part) -> None:
+    part.add_argument("--save", default="outputs/benchmark/inspect", help="folder for what was drawn; default outputs/benchmark/inspect")

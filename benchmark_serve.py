@@ -449,6 +449,15 @@ def bench_malformed(args) -> dict:
 
 # ----------------------------------------------------------------------------- the whole
 
+def add_flags(part) -> None:
+    part.add_argument("--sessions", default="1,2,4,8", help="clients at once; default 1,2,4,8")
+    part.add_argument("--seconds", type=float, default=30.0, help="of every level of streams; default 30")
+    part.add_argument("--talks", type=int, default=4, help="spoken turns of every conversation; 0: none; default 4")
+    part.add_argument("--ends", type=int, default=60, help="turns of which the end is looked for; 0: none; default 60")
+    part.add_argument("--replay", type=int, default=600, help="turns after which memory is looked at; 0: none; default 600")
+    part.add_argument("--malformed", type=int, default=10_000, help="malformed requests and frames; 0: none; default 10000")
+
+
 def bench_serve(args) -> tuple[dict, str]:
     """The server under load: streams and conversations in real time, ends of turns, memory over many turns, malformed requests."""
     args.sessions = [int(n) for n in str(args.sessions).split(",")]
@@ -456,9 +465,10 @@ def bench_serve(args) -> tuple[dict, str]:
     result = {"endpointing": bench_endpointing(args) if args.ends else None}
     with Server(args, "--max_sessions", str(max(args.sessions))) as server:
         result |= {"streams": bench_streams(server, args, texts), "conversations": bench_conversations(server, args)}
-    if args.turns:
+    if args.replay:
         with Server(args, "--ahead_seconds", "1000", "--partial_seconds", "0") as server:
-            result["memory"] = asyncio.run(many_turns(server, args.turns, spoken_turns(args, 8), texts, args.seed))
+            result["memory"] = asyncio.run(many_turns(server, args.replay, spoken_turns(args, 8), texts, args.seed))
+            time.sleep(3.0)                                      # the last conversation leaves
             result["memory"] |= {"growth_mb_per_100_turns": growth(result["memory"]["memory_mb"]), "places_taken_after": server.metric("serve_sessions")}
     result["malformed"] = bench_malformed(args) if args.malformed else None
     return result, serve_body(result)

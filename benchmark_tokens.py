@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import string
 
+import config
 from measuring import hear, paired, pick_turns, show, sound_of, summary, table
 
 LETTERS = "\0" + string.ascii_lowercase + " '"       # index 0 is CTC's blank
@@ -240,3 +241,11 @@ def tokens_body(result: dict) -> str:
     body += table(["codebook"] + [str(k + 1) for k in range(len(nats))], [["nats"] + [f"{n:.1f}" for n in nats]])
     said = {True: "met", False: "**missed**"}
     return body + "\n\n" + table(["bar", "", "measured", ""], [[b["what"], b["bar"], show(float(b["value"])), said[b["met"]]] for b in result["bars"]])
+
+
+def add_flags(part) -> None:
+    part.add_argument("--train_turns", type=int, default=3000, help="training turns of both probes; default 3000")
+    part.add_argument("--probe_turns", type=int, default=200, help="test turns that are spelled; default 200")
+    part.add_argument("--steps", type=int, default=1500, help="training steps of a text probe; default 1500")
+    part.add_argument("--model_steps", type=int, default=600, help="training steps of the frame model; default 600")
+    config.add_flags(part, config.SamplingConfig, only=("top_k", "depth_temperature"))

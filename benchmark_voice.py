@@ -485,3 +485,12 @@ def voice_body(result: dict) -> str:
              f"word error above the source by {show(result['wer_over_source'], 2, True)}; length against the source {show(result['length_ratio'])}. Cosine of the made voice to the other character "
              f"{show(result['other_voice'])}. Real-time factor {show(rtf['p50'])} (p95 {show(rtf['p95'])}); first sound after {show(first['p50'], 0)} ms (p95 {show(first['p95'], 0)}).")
     return body + (more_body(result) if result.get("bars") else "")
+
+
+def add_flags(part) -> None:
+    config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
+    part.add_argument("--moods", action="store_true", help="give the mood of each turn")
+    part.add_argument("--sets", type=int, default=SETS, help=f"utterances of each special set (numbers, names, ...); 0: none; default {SETS}")
+    part.add_argument("--long", type=int, default=LONG, help=f"turns of the long conversation; 0: none; default {LONG}")
+    part.add_argument("--listen", type=int, default=LISTEN, help=f"turns that the model writes down; 0: none; default {LISTEN}")
+    part.add_argument("--save", default="outputs/benchmark/voice", help="folder for what was said; default outputs/benchmark/voice")

@@ -94,6 +94,8 @@ def draw_codes(model: CSM, hidden: Tensor, codebook_size: int, sampling: Samplin
     codes = open_tokens(model.cfg, codebook_size, end=False)
     if first is None:
         first = _sample_token(model.c0_logits(hidden), codes, sampling.temperature, sampling.top_k, generator)
+    if model.frame_codes is not None and len(hidden) == 1:
+        return model.frame_codes(hidden, first, codebook_size, sampling, generator)
     return model.depth_generate(hidden, first, lambda logits, k: _sample_token(logits, codes, sampling.depth_temperature, sampling.depth_top_k, generator))
 
 
@@ -260,6 +262,7 @@ class Session:
         self._opener: int | None = None             # who speaks first after the voices
         self._said: tuple | None = None             # the newest spoken turn and the state before it; None: that state is gone
         self._stream = None                         # weak reference to the generator that speaks it
+        self.write = generate_text                  # or a speculative.TextLookup
 
     # ---- what is known
 
@@ -502,8 +505,8 @@ class Session:
         """What `speaker` would say now, by the text head. ValueError where nothing speakable comes out."""
         self.prepare()
         for _ in range(tries):
-            ids = generate_text(self.model, self.tokenizer, copy.copy(self._state), self.tokenizer.speak_prefix(speaker, mood),
-                                self._number, REPLY_TOKENS, self.sampling.text_temperature, self.generator)
+            ids = self.write(self.model, self.tokenizer, copy.copy(self._state), self.tokenizer.speak_prefix(speaker, mood),
+                             self._number, REPLY_TOKENS, self.sampling.text_temperature, self.generator)
             text = self.tokenizer.decode(ids)
             if any(c.isascii() and c.isalpha() for c in text):
                 return text

@@ -101,7 +101,8 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     """
     if torch.is_grad_enabled():
         return F.linear(x, torch.cat([layer.weight for layer in layers]))
-    return torch.cat([layer(x) for layer in layers], dim=-1)
+    joined = getattr(layers[0], "joined", None)              # quantisation.py keeps them side by side
+    return joined(x) if joined is not None else torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
@@ -111,7 +112,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """
     causal = isinstance(mask, str)
     if q.requires_grad and q.device.type == "cpu":
-        if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS and not torch.compiler.is_compiling():
+        if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS:
             return _attend_in_strips(q, k, v, None if causal else mask)
         return _attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
     bias = None if causal or mask is None else mask.to(q.dtype)
@@ -138,46 +139,52 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 def _attend_in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = _same_heads(q, k, v)
-    return _Strips.apply((q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous(), mask)
+    return _strips((q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous(), mask)
 
 
-class _Strips(torch.autograd.Function):
-    """Causal attention, ROWS queries at a time: keys of the future are not multiplied, attention weights not kept but computed again."""
+def _strip(q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, int]:
+    """Attention weights (B, H, R, end) of queries start..end, and end."""
+    end = min(start + ROWS, q.shape[2])
+    scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+    if mask is None:
+        scores[..., start:] += causal_mask(end - start, q.device).to(scores.dtype)
+    else:
+        scores += mask[:, :, start:end, :end].to(scores.dtype)
+    return scores.softmax(-1).to(q.dtype), end
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (scaled), k, v (B, H, S, E); mask (B, 1, S, S) additive, or None: causal."""
-        ctx.save_for_backward(q, k, v)
-        ctx.mask, out = mask, torch.empty_like(q)
-        for start in range(0, q.shape[2], ROWS):
-            w, end = _Strips.weights(q, k, mask, start)
-            out[:, :, start:end] = w @ v[:, :, :end]
-        return out
 
-    @staticmethod
-    def weights(q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, int]:
-        """(B, H, R, end) of queries start..end, and end."""
-        end = min(start + ROWS, q.shape[2])
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
-        if mask is None:
-            scores[..., start:] += causal_mask(end - start, q.device).to(scores.dtype)
-        else:
-            scores += mask[:, :, start:end, :end].to(scores.dtype)
-        return scores.softmax(-1).to(q.dtype), end
+# operators, so that torch.compile takes them whole instead of unrolling or breaking at them
+@torch.library.custom_op("csm::strips", mutates_args=())
+def _strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, ROWS queries at a time: keys of the future are not multiplied, attention weights not kept but computed again.
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v = ctx.saved_tensors
-        grad, dq = grad.contiguous(), torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)    # they are sums over strips
-        for start in range(0, q.shape[2], ROWS):
-            w, end = _Strips.weights(q, k, ctx.mask, start)
-            g = grad[:, :, start:end]
-            dv[:, :, :end] += w.transpose(-1, -2) @ g
-            ds = torch.ops.aten._softmax_backward_data(g @ v[:, :, :end].transpose(-1, -2), w, -1, w.dtype)
-            dq[:, :, start:end] = ds @ k[:, :, :end]
-            dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+    q (scaled), k, v (B, H, S, E); mask (B, 1, S, S) additive, or None: causal -> (B, H, S, E).
+    """
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[2], ROWS):
+        w, end = _strip(q, k, mask, start)
+        out[:, :, start:end] = w @ v[:, :, :end]
+    return out
+
+
+@torch.library.custom_op("csm::strips_backward", mutates_args=())
+def _strips_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    grad, dq = grad.contiguous(), torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)    # they are sums over strips
+    for start in range(0, q.shape[2], ROWS):
+        w, end = _strip(q, k, mask, start)
+        g = grad[:, :, start:end]
+        dv[:, :, :end] += w.transpose(-1, -2) @ g
+        ds = torch.ops.aten._softmax_backward_data(g @ v[:, :, :end].transpose(-1, -2), w, -1, w.dtype)
+        dq[:, :, start:end] = ds @ k[:, :, :end]
+        dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_strips.register_fake(lambda q, k, v, mask: torch.empty_like(q))
+_strips_backward.register_fake(lambda grad, q, k, v, mask: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+_strips.register_autograd(lambda ctx, grad: (*_strips_backward(grad, *ctx.saved_tensors), None),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def again(function, *tensors: Tensor) -> Tensor:
@@ -337,30 +344,55 @@ class CrossAttention(nn.Module):
         return x.index_add(0, flat, (self.output_proj(y) * self.gate).to(x.dtype))
 
 
+class Product:
+    """One weight matrix (out, in) kept in whatever form multiplies fastest: x (M, in) -> (M, out).
+
+    `run(x, *tensors)` is the product itself, free of this object, for a compiled graph. quantisation.py has others.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.tensors = (weight.t().contiguous(),)                              # one row x then reads it in order
+
+    @staticmethod
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        return x @ tensors[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
 class FoldedStack:
     """A Transformer's weights rearranged for one position at a time, without gradients.
 
-    Norm scales, sqrt(width) and the attention scale are folded into the following matrices, q, k, v and
-    w1, w3 stand side by side: 13 small operations per layer. A copy: stale once the weights change.
+    q, k, v and w1, w3 stand side by side, the attention scale is folded into q, and sqrt(width) and the norm scales into the
+    following matrices. With another `product` (quantisation.py) the norm scales are kept apart, so that a matrix which is
+    already rounded by rows stays what it is. A copy: stale once the weights change.
     """
 
     @torch.no_grad()
-    def __init__(self, stack: Transformer, positions: int):
+    def __init__(self, stack: Transformer, positions: int, product=Product):
         cfg, root = stack.cfg, math.sqrt(stack.cfg.width)
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
-        self.positions, self.floor = positions, cfg.norm_eps * cfg.width
+        self.positions, self.folds, self.product = positions, product is Product, product
         weight = stack.norm.scale
+        self.floor = weight.new_tensor(math.sqrt(cfg.norm_eps * cfg.width))
         cos, sin = stack.rope.table(torch.arange(positions, device=weight.device))
         self.turns = [(c, s) for c, s in zip(cos.to(weight.dtype), sin.to(weight.dtype))]  # positions x (1, E)
         self.layers = [self._fold(block, root) for block in stack.layers]
         self.scale = weight * root                                             # of the final norm, for the caller's heads
 
-    def _fold(self, block: Block, root: float) -> tuple[Tensor, ...]:
+    def _fold(self, block: Block, root: float) -> tuple:
         attn, mlp = block.attn, block.mlp
-        q = attn.q_proj.weight * self.head_dim ** -0.5
-        qkv = torch.cat([q, attn.k_proj.weight, attn.v_proj.weight]) * (block.sa_norm.scale * root)
-        gate_up = torch.cat([mlp.w1.weight, mlp.w3.weight]) * (block.mlp_norm.scale * root)
-        return tuple(w.t().contiguous() for w in (qkv, attn.output_proj.weight, gate_up, mlp.w2.weight))
+        qkv = torch.cat([attn.q_proj.weight * self.head_dim ** -0.5, attn.k_proj.weight, attn.v_proj.weight])
+        gate_up = torch.cat([mlp.w1.weight, mlp.w3.weight])
+        norms = block.sa_norm.scale * root, block.mlp_norm.scale * root
+        if self.folds:
+            qkv, gate_up, norms = qkv * norms[0], gate_up * norms[1], (None, None)
+        return (*(self.product(w) for w in (qkv, attn.output_proj.weight, gate_up, mlp.w2.weight)), *norms)
 
     def cache(self, rows: int) -> list[tuple[Tensor, Tensor]]:
         """Empty keys and values, (rows * H_kv, positions, E), of every layer."""
@@ -368,26 +400,26 @@ class FoldedStack:
         return [(like.new_empty(rows * self.kv_heads, self.positions, self.head_dim),
                  like.new_empty(rows * self.kv_heads, self.positions, self.head_dim)) for _ in self.layers]
 
-    def unit(self, x: Tensor) -> Tensor:
-        """x (M, D) / sqrt(sum of squares + D eps)."""
-        return x * torch.linalg.vecdot(x, x).add_(self.floor).rsqrt_().unsqueeze(1)
+    def unit(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (M, D) / sqrt(sum of squares + D eps), times `scale` (D,) where it is not folded into what follows."""
+        x = x / torch.hypot(torch.linalg.vector_norm(x, dim=1, keepdim=True), self.floor)
+        return x if scale is None else x * scale
 
     def step(self, x: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
         """x (M, D) at `position`, after positions 0.. of the same rows -> (M, D): normed, the final scale left out."""
         M, turned, n = len(x), self.heads + self.kv_heads, position + 1
         cos, sin = self.turns[position]
-        for (w_qkv, w_out, w_gate_up, w_down), (keys, values) in zip(self.layers, cache):
-            qkv = (self.unit(x) @ w_qkv).view(M, -1, self.head_dim)            # (M, H + 2 H_kv, E)
+        for (qkv_of, out_of, gate_up_of, down_of, before_attn, before_mlp), (keys, values) in zip(self.layers, cache):
+            qkv = qkv_of(self.unit(x, before_attn)).view(M, -1, self.head_dim)    # (M, H + 2 H_kv, E)
             qk = qkv[:, :turned]
             qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
             keys[:, position] = qk[:, self.heads:].reshape(-1, self.head_dim)
             values[:, position] = qkv[:, turned:].reshape(-1, self.head_dim)
             q = qk[:, :self.heads].reshape(M * self.kv_heads, -1, self.head_dim)  # (M H_kv, H / H_kv, E)
             weights = torch.bmm(q, keys[:, :n].transpose(1, 2)).softmax(-1)
-            y = torch.bmm(weights, values[:, :n]).view(M, -1)
-            x = torch.addmm(x, y, w_out)
-            gate, up = (self.unit(x) @ w_gate_up).chunk(2, -1)
-            x = torch.addmm(x, F.silu(gate).mul_(up), w_down)
+            x = x + out_of(torch.bmm(weights, values[:, :n]).view(M, -1))
+            gate, up = gate_up_of(self.unit(x, before_mlp)).chunk(2, -1)
+            x = x + down_of(F.silu(gate).mul_(up))
         return self.unit(x)
 
 

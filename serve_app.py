@@ -461,7 +461,7 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/static/{name:path}", include_in_schema=False)
     async def static(name: str):
-        return FileResponse(found(name))
+        return FileResponse(found(name), media_type={".js": "text/javascript"}.get(Path(name).suffix))
 
 
 # ----------------------------------------------------------------------------- the conversation
@@ -610,13 +610,14 @@ class Connection:
             await self.house.run(live.type, order.text)
         elif kind == "voice":
             await self.house.run(lambda: live.set_voice(**service.voice(order.voice).arguments))
+            self.outgoing.put_nowait(({"type": "voice_set", "voice": order.voice}, None))
         elif kind == "voice_prompt":
             if self.voices >= self.house.cfg.max_voices:
                 raise Refused(429, "too_many_voices", f"{self.house.cfg.max_voices} voices were sent in this conversation: connect again")
             self.voices += 1
             voice = await self.house.run(service.read_voice, from_base64(order.audio), order.text)
             await self.house.run(lambda: live.set_voice(**voice))
-            self.outgoing.put_nowait(({"type": "voice_changed", "text": voice.get("text")}, None))
+            self.outgoing.put_nowait(({"type": "voice_set", "voice": "upload", "text": voice.get("text")}, None))
         elif kind == "start":
             raise ValueError("the conversation has begun: send reset to begin anew")
         elif kind == "played":
@@ -631,7 +632,7 @@ class Connection:
 
     async def run(self) -> None:
         await self.socket.accept()
-        sender, code, entered = asyncio.ensure_future(self._send_all()), 1000, False
+        sender, code, why, entered = asyncio.ensure_future(self._send_all()), 1000, "", False
         try:
             await self._admit()
             await self.house.places.enter(self.client)
@@ -641,20 +642,20 @@ class Connection:
             code = CLOSING if self.house.places.closing else 1000
         except Refused as error:
             self.house.metrics.refused.labels(error.code).inc()
-            code = POLICY if error.status < 429 else NOT_NOW
+            code, why = (POLICY if error.status < 429 else NOT_NOW), error.message
             await self.say_error(error.code, error.message)
         except asyncio.TimeoutError:
-            code = POLICY
+            code, why = POLICY, "no first message came"
             await self.say_error("too_slow", f"no first message came within {START_SECONDS:g} s: send start")
         except ValueError as error:
-            code = POLICY
-            await self.say_error("invalid", str(error))
+            code, why = POLICY, str(error)
+            await self.say_error("invalid", why)
         except (WebSocketDisconnect, Closed):
             pass
         finally:
-            await asyncio.shield(self._leave(sender, code, entered))
+            await asyncio.shield(self._leave(sender, code, why, entered))
 
-    async def _leave(self, sender, code: int, entered: bool) -> None:
+    async def _leave(self, sender, code: int, why: str, entered: bool) -> None:
         self.outgoing.put_nowait(None)                           # what was said last still goes out
         await asyncio.wait([sender], timeout=1.0)
         self.closed.set()
@@ -665,7 +666,7 @@ class Connection:
         if entered:
             self.house.places.leave(self.client)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
-            await asyncio.wait_for(self.socket.close(code), 5)
+            await asyncio.wait_for(self.socket.close(code, why.encode("ascii", "ignore").decode()[:120]), 5)
 
 
 def parse_message(message: dict):

@@ -69,7 +69,8 @@ def said(speech):
 
 def same_turn(a, b):
     assert torch.equal(a.codes, b.codes) and a.readings == b.readings and (a.end_reason, a.text) == (b.end_reason, b.text)
-    np.testing.assert_allclose(a.audio, b.audio, atol=1e-4)
+    gap = np.abs(a.audio - b.audio)                              # the synthesiser's pulses have edges: there rounding may show in a sample
+    assert a.audio.shape == b.audio.shape and gap.max() < 0.02 and gap.mean() < 1e-5
 
 
 # ----------------------------------------------------------------------------- one frame for many
@@ -254,6 +255,7 @@ def test_one_thing_at_a_time_in_a_session(model, codec, engine):
     lock.release()
     said(speech)
     assert engine.call(session, Session.add_turn, 0, "and now?").text == "and now?" and len(session.turns) == 2
+    assert engine.call(None, lambda _: 5) == 5                   # work that is no session's
     with pytest.raises(ValueError, match="another model"):
         engine.speak(talk(copy.deepcopy(model), codec, 0), TEXTS[0])
 
@@ -370,10 +372,12 @@ def test_a_turn_far_ahead_of_its_listener_rests(model, codec):
         assert engine.stats()["resting"] == 1 and made <= 8
         list(speech)
         same_turn(speech.turn, Session(model, codec, TOKENIZER, GREEDY).say(1, TEXTS[1]))
+        lock = held(engine)
+        late = engine.speak(engine.session(), "hello.")
         with pytest.raises(TimeoutError):
-            held(engine)
-            engine.speak(engine.session(), "hello.").next(timeout=0.05)
-        engine._prefill = type(engine)._prefill.__get__(engine)
+            late.next(timeout=0.05)
+        lock.release()
+        assert said(late).num_frames
 
 
 def test_many_threads(model, codec, engine):

@@ -56,17 +56,27 @@ def test_ratios_are_those_of_pairs_and_memory_is_that_above_the_libraries():
 def test_train_bench(tmp_path, capsys):
     """The whole of it at the smallest size: three processes."""
     pytest.importorskip("transformers")
-    result = test_benchmark.run(capsys, "train", "--model_size", "test", "--rows", 1, "--positions", 128, "--repeats", 2, "--precisions", "fp32",
+    result = test_benchmark.run(capsys, "train", "--model_size", "test", "--rows", 1, "--positions", 128, "--repeats", 2, "--races", "fp32,defaults",
                                 "--plan", "test", "--threads", 1, "--results", tmp_path / "R.md")
     race, plan = result["races"]["fp32"], result["plan"]["test"]
     assert race["loss_difference"] < 1e-4 and race["speed"]["pairs"] == 2 and race["speed"]["lowest"] <= race["speed"]["median"] <= race["speed"]["highest"]
     assert 0 < race["above_libraries_mb"]["ours"] < race["peak_mb"]["ours"] and race["memory_of_processes"] < 1
+    assert all(0 < used < 1 for used in race["model_flop_utilisation"].values()) and 1e-6 < result["races"]["defaults"]["loss_difference"] < 0.05
     assert plan["positions"] == 128 and plan["measured_mb"] > 0 and plan["planned_mb"] == pytest.approx(sum(plan["planned_parts_mb"].values()), rel=1e-3)
     text = (tmp_path / "R.md").read_text()
     assert "## Training step" in text and "fp32: positions per second" in text and benchmark.read_results(tmp_path / "R.md")["train"] == result
 
 
-@pytest.mark.parametrize("words", [("--model_size", "huge"), ("--positions", "64"), ("--plan", "huge"), ("--rows", "0")])
+def test_flops_are_those_of_the_matrix_products():
+    """Twice the positions cost twice the products of the weights, and four times those of attention."""
+    one, two = (benchmark_model.step_flops({"model_size": "test", "rows": 1, "positions": n, "seed": 0}) for n in (128, 256))
+    cfg = model_preset("test")
+    b = cfg.backbone
+    backbone = 6 * 128 * b.layers * (b.width * (2 * b.width + 2 * b.kv_heads * b.head_dim) + 3 * b.width * b.ffn)
+    assert one > backbone and two > 2 * one - 0.1 * backbone and two < 4 * one
+
+
+@pytest.mark.parametrize("words", [("--model_size", "huge"), ("--positions", "64"), ("--plan", "huge"), ("--rows", "0"), ("--races", "fp8")])
 def test_bad_input_is_one_line(words, tmp_path, capsys):
     assert benchmark.main(["train", *words, "--results", str(tmp_path / "R.md")]) == 2
     error = capsys.readouterr().err

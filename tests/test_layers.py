@@ -71,7 +71,7 @@ def test_causal_strips_equal_products(masked, monkeypatch):
     for rows in (100, 4):
         monkeypatch.setattr(layers, "ROWS", rows)
         y = layers.attend(q, k, v, mask)
-        assert (y.grad_fn.name() == "_StripsBackward") == (rows == 4)
+        assert ("strips" in y.grad_fn.name()) == (rows == 4)
         results.append((y, *torch.autograd.grad((y * torch.arange(8)).sum(), (q, k, v))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -491,7 +491,7 @@ class Talk:
         while True:
             message = self.ws.receive()
             if message["type"] == "websocket.close":
-                found.append({"type": "close", "code": message["code"]})
+                found.append({"type": "close", "code": message["code"], "reason": message.get("reason")})
                 assert "close" in kinds, found
                 return found
             if message.get("bytes") is not None:
@@ -602,7 +602,7 @@ def test_voices_stay_in_their_conversation(make_client):
     prompt = {"type": "voice_prompt", "audio": base64.b64encode(wav_bytes(TONE)).decode(), "text": "my own voice."}
     with Talk(client) as talk, Talk(client) as other:
         talk.say(**prompt)
-        assert talk.until("voice_changed")[-1]["text"] == "my own voice."
+        assert talk.until("voice_set")[-1] == {"type": "voice_set", "voice": "upload", "text": "my own voice."}
         talk.say(**prompt)
         assert talk.until("error")[-1]["code"] == "too_many_voices"
         for one in (talk, other):
@@ -611,6 +611,7 @@ def test_voices_stay_in_their_conversation(make_client):
         texts = sorted(live.session.voices[1].text for live in client.house.conversations)
         assert texts == ["everybody may breathe. who can spot a yellow car?", "my own voice."]
         talk.say(type="voice", voice="bruna")
+        assert talk.until("voice_set")[-1]["voice"] == "bruna"
         talk.say(type="reset")
         talk.say(type="text", text="Hello.")
         assert talk.until("reply_done")[-1]["turn"] == 1
@@ -646,7 +647,7 @@ def test_a_full_house_turns_conversations_away(make_client):
         talk.until("ready")
         with Talk(client, start=False) as other:
             events = other.until("close")
-            assert events[0]["code"] == "full" and events[-1]["code"] == 1013
+            assert events[0]["code"] == "full" and events[-1]["code"] == 1013 and "all places are taken" in events[-1]["reason"]
     wait_until(lambda: client.house.places.taken == 0)
 
 
