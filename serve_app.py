@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import importlib.util
 import json
 import logging
 import secrets
@@ -19,9 +20,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Request, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -34,7 +36,7 @@ from serve_limits import Places, Rates, Refused, bearer, host_allowed, origin_al
 from service import Service, mood_of
 from speech_formats import MEDIA, Encoder, decode, from_pcm, wav_header
 
-OPEN = ("/", "/health", "/ready", "/favicon.ico")          # without a key, as everything under /static/
+OPEN = ("/", "/health", "/ready", "/favicon.ico", "/docs", "/openapi.json")          # without a key, as everything under /static/ and /docs/
 START_SECONDS = 10.0               # for the first message of a conversation, the key included
 AHEAD_SECONDS = 5.0                # sound may arrive so much faster than it was spoken
 OUTGOING = 64                      # pieces of sound (80 ms each) that may wait for a slow listener
@@ -42,6 +44,9 @@ EVENTS = 1000                      # other events that may
 CLOSING, NOT_NOW, POLICY, TOO_LARGE = 1012, 1013, 1008, 1009
 SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
         "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; media-src 'self' blob:; connect-src 'self' ws: wss:; worker-src 'self' blob:; frame-ancestors 'none'"}
+DOCS = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Routes of this server</title><link rel="stylesheet" href="/docs/swagger-ui.css"></head>'
+        '<body><div id="swagger-ui"></div><script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script></body></html>')
+DOCS_START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui"});'
 log = logging.getLogger("serve")
 
 
@@ -173,7 +178,7 @@ class Gate:
         if not origin_allowed(headers.get("origin", ""), host, cfg):
             raise Refused(403, "origin", "pages of other origins may not call this server: start it with --allow_origin")
         client = client_of(scope)
-        if scope["type"] == "http" and self.house.key and path not in OPEN and not path.startswith("/static/"):
+        if scope["type"] == "http" and self.house.key and path not in OPEN and not path.startswith(("/static/", "/docs/")):
             if scope["method"] != "OPTIONS" and not same_key(bearer(headers.get("authorization", "")), self.house.key):
                 self.house.rates.take(client)
                 raise Refused(401, "key", "the key is missing or wrong: send Authorization: Bearer KEY")
@@ -445,29 +450,44 @@ def add_facts(router: APIRouter, house: House) -> None:
         return {"voices": [{"id": v.id, "name": v.id.capitalize(), "description": v.description} for v in service.voices.values()]}
 
 
-def add_page(app: FastAPI) -> None:
-    """static/, where it is there. Paths are looked up in a list made at start: what a request names is never opened."""
-    folder = ROOT / "static"
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()} if folder.is_dir() else {}
+def files_below(folder: Path) -> dict[str, Path]:
+    """Name within the folder -> file, listed once: what a request names is looked up here and never opened."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()} if folder.is_dir() else {}
 
-    def found(name: str) -> Path:
-        if name not in files:
-            raise HTTPException(404, "there is no such file")
-        return files[name]
+
+def send_file(files: dict[str, Path], name: str) -> FileResponse:
+    if name not in files:
+        raise HTTPException(404, "there is no such file")
+    return FileResponse(files[name], media_type={".js": "text/javascript"}.get(files[name].suffix))
+
+
+def add_page(app: FastAPI) -> None:
+    """static/, where it is there, and the OpenAPI page, of which nothing comes from another server."""
+    files = files_below(ROOT / "static")
+    spec = importlib.util.find_spec("fastapi_offline")
+    swagger = files_below(Path(spec.origin).parent / "static") if spec else {}
 
     @app.get("/", include_in_schema=False)
     async def page():
-        return FileResponse(found("index.html")) if files else JSONResponse({"status": "ok", "see": "/docs"})
+        return send_file(files, "index.html") if files else JSONResponse({"status": "ok", "see": "/docs"})
 
     @app.get("/static/{name:path}", include_in_schema=False)
     async def static(name: str):
-        return FileResponse(found(name), media_type={".js": "text/javascript"}.get(Path(name).suffix))
+        return send_file(files, name)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs():
+        return Response(DOCS, media_type="text/html")
+
+    @app.get("/docs/{name:path}", include_in_schema=False)
+    async def docs_file(name: str):
+        return Response(DOCS_START, media_type="text/javascript") if name == "start.js" else send_file(swagger, name)
 
 
 # ----------------------------------------------------------------------------- the conversation
 
 class Connection:
-    """One WebSocket: messages in order into a LiveConversation, its events out. See README.md for the messages."""
+    """One WebSocket: messages in order into a LiveConversation, its events out. serve_schemas.DESCRIPTION has the messages."""
 
     def __init__(self, house: House, socket: WebSocket):
         self.house, self.socket, self.client = house, socket, client_of(socket.scope)
@@ -691,10 +711,10 @@ def make_app(service: Service, key: str = "") -> FastAPI:
             await house.run(live.close)
         house.threads.shutdown(wait=False, cancel_futures=True)
         service.close()
-    app = FastAPI(title="A conversational speech model that you can run, train and take apart", version="1", lifespan=lifespan, redoc_url=None,
-                  description="Speech in, speech out. All speech from here is synthetic: say so where it could be taken for a person's.")
+    app = FastAPI(title="A conversational speech model that you can run, train and take apart", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  description=schemas.DESCRIPTION)
     app.state.house = house
-    router = APIRouter()
+    router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])      # for the page's sake: the Gate is what asks for the key
     add_facts(router, house)
     add_speech(router, house)
     app.include_router(router)

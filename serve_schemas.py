@@ -5,6 +5,38 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DESCRIPTION = """Speech in, speech out. All speech from here is synthetic: say so where it could be taken for a person's.
+
+Where the server has a key: `Authorization: Bearer KEY`. Errors are `{"error": {"message", "type", "code", "param"}}`, one line that names the fix; 429 and 503 say `Retry-After`.
+
+## WebSocket /v1/conversation
+
+Text frames are JSON, binary frames 16 bit little endian mono sound; both ways at the same time. The key: header, `?key=`, or a first message `{"type": "auth", "key"}`.
+
+| the client sends | |
+|---|---|
+| `{"type": "start", "voice", "sample_rate"}` | first; the rate (16000, 24000 or 48000) is that of the sound that follows |
+| binary | the microphone, any number of samples |
+| `{"type": "text", "text"}` | a typed turn; interrupts |
+| `{"type": "end_of_turn"}` | the turn is over (push to talk) |
+| `{"type": "cancel"}` | stop speaking |
+| `{"type": "played", "ms"}` | so much of the reply, or of the one just stopped, was really heard: no more of it is remembered |
+| `{"type": "voice", "voice"}`, `{"type": "voice_prompt", "audio", "text"}` | another voice from the next reply on: a named one, or a sound file in base64 |
+| `{"type": "reset"}`, `{"type": "ping"}`, `{"type": "close"}` | forget the conversation; answered by pong; leave |
+
+| the server sends | |
+|---|---|
+| `ready` | session, sample_rate (24000), voices, model, responder |
+| `speech_started`, `speech_stopped` | the user speaks; has spoken for ms |
+| `partial_transcript`, `transcript` | text so far; text of the turn |
+| `reply_started`, `reply_text` | turn, text so far |
+| `audio` | turn, samples: the next binary frame is sound of the reply |
+| `reply_done` | turn, text, duration_s, underruns, latency_ms (first_audio, total), memory (context_positions, slots, context_limit) |
+| `interrupted` | turn, heard_ms, text that was heard (estimates); no more sound of that turn comes |
+| `voice_set`, `pong`, `error` | voice; nothing; code and message |
+
+Closes with 1008 (key, nonsense at the start), 1012 (the server ends), 1013 (full, or too many from you: try again later).
+"""
 Text = Annotated[str, Field(min_length=1, max_length=5000, description="what is said; numbers and signs are read out, English only")]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Form = Literal["wav", "pcm", "opus", "mp3", "aac", "flac"]

@@ -118,6 +118,11 @@ def test_the_openapi_page_has_examples_and_every_route(client):
     assert {"/generate", "/transcribe", "/v1/audio/speech", "/v1/audio/voices", "/v1/models", "/health", "/ready", "/metrics"} <= set(page["paths"])
     for name in ("SpeechRequest", "GenerateRequest"):
         assert page["components"]["schemas"][name]["examples"]
+    assert page["components"]["securitySchemes"] and "played" in page["info"]["description"]
+    html = client.get("/docs").text
+    links = re.findall(r'(?:src|href)="([^"]+)"', html)
+    assert len(links) == 3 and all(link.startswith("/docs/") and client.get(link).status_code == 200 for link in links), "everything comes from this server"
+    assert "<script>" not in html and client.get("/docs/../serve.py").status_code == client.get("/docs/nothing.js").status_code == 404
 
 
 def test_metrics_count_what_happens(client):
@@ -261,12 +266,12 @@ def test_a_failing_transcriber_is_a_plain_error(make_client):
 
 def test_the_key_opens_and_nothing_else_does(make_client):
     client = make_client(key="s3cret")
-    for path in ("/v1/models", "/v1/audio/voices", "/metrics", "/openapi.json"):
+    for path in ("/v1/models", "/v1/audio/voices", "/metrics"):
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": b"Bearer \xe9"}):
             assert "the key is missing or wrong" in error_of(client.get(path, headers=header), 401)
         assert client.get(path, headers={"Authorization": "Bearer s3cret"}).status_code == 200
     error_of(speech(client), 401)
-    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    assert all(client.get(path).status_code == 200 for path in ("/health", "/ready", "/docs", "/openapi.json"))
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
