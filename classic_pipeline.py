@@ -159,20 +159,22 @@ def _words(event) -> Iterator[str]:
 
 def clauses(pieces: Iterator[str], first_words: int = 3) -> Iterator[str]:
     """Pieces of text -> what can be spoken at once: sentences; the first may end at a comma after `first_words` words."""
-    text, first = "", True
+    text, least = "", first_words
     for piece in pieces:
         text += piece
-        while match := re.search(r"[.?!]+(?=\s|$)" if not first else r"[.?!]+(?=\s|$)|[,;:](?=\s)", text):
-            cut = text[:match.end()].strip()
-            if first and match[0] in ",;:" and len(cut.split()) < first_words:
-                match = re.search(r"[.?!]+(?=\s|$)", text)
-                if not match:
-                    break
-                cut = text[:match.end()].strip()
-            text, first = text[match.end():], False
-            yield cut
+        while end := _clause_end(text, least):
+            yield text[:end].strip()
+            text, least = text[end:], 0
     if text.strip():
         yield text.strip()
+
+
+def _clause_end(text: str, least: int) -> int:
+    """Where the first clause of the text ends, 0 where it goes on; a comma counts after `least` words, with 0 never."""
+    for match in re.finditer(r"[.?!]+(?=\s)|[,;:](?=\s)", text):
+        if match[0] not in ",;:" or 0 < least <= len(text[:match.end()].split()):
+            return match.end()
+    return 0
 
 
 # ----------------------------------------------------------------------------- mouth

@@ -78,13 +78,14 @@ def load_codec(spec: dict):
 
 
 def timed_chunks(chunks, start: float) -> dict:
-    """Consume chunks of sound -> {first_ms, total_ms, audio (N,)}; first_ms is None where none came."""
+    """Consume chunks of sound -> {first_ms, total_ms, cpu_ms, audio (N,)}; first_ms is None where none came, cpu_ms that of this loop alone."""
     import numpy as np
-    first, made = None, []
+    first, made, busy = None, [], time.process_time()
     for chunk in chunks:
         first = first if first is not None else 1000 * (time.perf_counter() - start)
         made.append(np.asarray(chunk, np.float32))
-    return {"first_ms": first, "total_ms": 1000 * (time.perf_counter() - start), "audio": np.concatenate(made) if made else np.zeros(0, np.float32)}
+    return {"first_ms": first, "total_ms": 1000 * (time.perf_counter() - start), "cpu_ms": 1000 * (time.process_time() - busy),
+            "audio": np.concatenate(made) if made else np.zeros(0, np.float32)}
 
 
 def blocks(audio) -> list:
@@ -277,12 +278,12 @@ class Csm:
         """-> times with and without the codec, and the codes as lists."""
         ids = [256, *item["text"].lower().encode("ascii", "ignore")][:120] + [258]
         sound = Decoding(self.codec)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         made = (self._theirs if self.spec["side"] == "theirs" else self._ours)(ids, sound)
-        total = 1000 * (time.perf_counter() - start)
+        total, cpu = 1000 * (time.perf_counter() - start), 1000 * (time.process_time() - busy)
         frames = len(made)
-        return {"first_ms": 1000 * (sound.first - start), "total_ms": total, "frames": frames, "ms_per_frame": (total - 1000 * sound.seconds) / frames,
-                "codes": made, "text": item["text"], "audio": sound.audio()}
+        return {"first_ms": 1000 * (sound.first - start), "total_ms": total, "cpu_ms": cpu, "frames": frames,
+                "ms_per_frame": (total - 1000 * sound.seconds) / frames, "cpu_ms_per_frame": (cpu - 1000 * sound.busy) / frames, "codes": made, "text": item["text"], "audio": sound.audio()}
 
     def _ours(self, ids: list[int], sound: "Decoding") -> list[list[int]]:
         """generation.stream_turn, the path of every command."""
@@ -317,15 +318,15 @@ class Decoding:
     """The codec as both sides use it: counts its own time; a code beyond its codebooks counts as the last one."""
 
     def __init__(self, codec):
-        self.codec, self.seconds, self.first, self.chunks, self.state = codec, 0.0, None, [], None
+        self.codec, self.seconds, self.busy, self.first, self.chunks, self.state = codec, 0.0, 0.0, None, [], None
         self.cfg = SimpleNamespace(**vars(codec.cfg) | {"codebook_size": codec.cfg.codebook_size + 1})
 
     def decode_stream(self, codes, state=None, semantic=None):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         audio, self.state = self.codec.decode_stream(codes.clamp(max=self.codec.cfg.codebook_size - 1), state, self.codec.cfg.num_semantic)
         self.chunks.append(audio)
         self.first = self.first or time.perf_counter()
-        self.seconds += time.perf_counter() - start
+        self.seconds, self.busy = self.seconds + time.perf_counter() - start, self.busy + time.process_time() - busy
         return audio, self.state
 
     def audio(self):
@@ -352,7 +353,7 @@ class OtherOrder:
         import torch
         draw = self.it.Draw(0.7, 50, torch.Generator().manual_seed(item["seed"]))
         made = self.it.speak(self.order, self.codec, item["text"], draw, item["frames"], item["frames"])
-        return {"first_ms": made["first_audio_ms"], "total_ms": made["total_ms"], "frames": made["frames"], "audio": made["audio"], "text": item["text"]}
+        return {"first_ms": made["first_audio_ms"], "total_ms": made["total_ms"], "cpu_ms": made["cpu_ms"], "frames": made["frames"], "audio": made["audio"], "text": item["text"]}
 
 
 class Mouth:

@@ -511,19 +511,19 @@ def text_ids(text: str, device="cpu") -> Tensor:
 
 @torch.inference_mode()
 def speak(order: Order, codec, text: str, draw: Draw, most: int, least: int = 1) -> dict:
-    """One utterance, decoded to sound as its frames become final -> {codes, audio, first_audio_ms, total_ms, frames}."""
+    """One utterance, decoded to sound as its frames become final -> {codes, audio, first_audio_ms, total_ms, cpu_ms, frames}."""
     import numpy as np
     from generation import semantic_count
-    start, first, sound, chunks, codes = time.perf_counter(), None, None, [], []
+    start, busy, first, sound, chunks, codes = time.perf_counter(), time.process_time(), None, None, [], []
     semantic = semantic_count(order.cfg, codec)
     for piece in order.generate(text_ids(text, order.text.weight.device), most, draw, least):
         audio, sound = codec.decode_stream(piece.unsqueeze(0), sound, semantic)
         chunks.append(audio.reshape(-1).float().cpu().numpy())
         codes.append(piece)
         first = first or 1000 * (time.perf_counter() - start)
-    total = 1000 * (time.perf_counter() - start)
+    total, cpu = 1000 * (time.perf_counter() - start), 1000 * (time.process_time() - busy)
     made = torch.cat(codes, 1)
-    return {"codes": made, "audio": np.concatenate(chunks), "first_audio_ms": first, "total_ms": total, "frames": made.shape[1]}
+    return {"codes": made, "audio": np.concatenate(chunks), "first_audio_ms": first, "total_ms": total, "cpu_ms": cpu, "frames": made.shape[1]}
 
 
 def build(name: str, cfg: config.ModelConfig, seed: int = 0, device="cpu") -> Order:
