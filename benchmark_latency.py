@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
 from measuring import percentiles, pick_turns, show, sound_of, summary, table
 
 LONG_PAIRS = 10                  # turns of the old and of the young conversation that are compared

@@ -39,7 +39,7 @@ def parts(monkeypatch):
 
         def write(self, text):
             said.append(("asked", text))
-            for piece in ("Well, ", "I think so, but ", "not yet. ", "May", "be later"):
+            for piece in ("Well, ", "I think so, but ", "not yet. ", "May", "be later."):
                 said.append(("wrote", piece))
                 yield piece
     monkeypatch.setattr(cp, "SmallModel", Model)
