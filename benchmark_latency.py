@@ -28,6 +28,9 @@ QUIET = 10 ** (-50 / 20)         # sound below this level is not heard
 BANDWIDTH_MB = 256               # size of the matrix by which memory bandwidth is measured
 
 
+VARIANTS = ("plain", "compiled", "int8", "int8 compiled", "speculative")      # of our model: racers.vary
+
+
 @dataclass(frozen=True)
 class Row:
     """One racer: its name in the tables, its heat, how it is built (racers.KINDS and the spec's fields), what it is asked."""
@@ -41,12 +44,12 @@ class Row:
 
 def our_rows(size: str, heat: str, judged: bool, spec: dict) -> list[Row]:
     return [Row(size if variant == "plain" else f"{size} {variant}", heat, "ours", spec | {"variant": variant}, judged=judged)
-            for variant in ("plain", "compiled", "int8", "speculative")]
+            for variant in VARIANTS]
 
 
 def csm_rows(size: str, label: str) -> list[Row]:
     ours = [Row(f"{label}, ours" + ("" if variant == "plain" else f" {variant}"), "csm", "csm", {"size": size, "side": "ours", "variant": variant})
-            for variant in ("plain", "compiled", "int8")]
+            for variant in VARIANTS if variant != "speculative"]
     return [*ours, Row(f"{label}, transformers", "csm", "csm", {"size": size, "side": "theirs"})]
 
 
@@ -55,7 +58,8 @@ ROWS = [
     Row("hibari alone", "speak", "mouth", {"tts": "hibari"}, judged=True), Row("Kokoro alone", "speak", "mouth", {"tts": "kokoro"}, judged=True),
     *(Row(f"order: {name}", "speak", "order", {"order": order, "size": "nano"}) for order, name in
       (("rq", "RQ-Transformer"), ("delay", "delay pattern"), ("valle", "VALL-E"), ("audiolm", "AudioLM"))),
-    Row("nano, reply at hand", "answer", "ours", {"reply": "given"}, "answer", True), Row("nano, its own reply", "answer", "ours", {"reply": "head"}, "answer", True),
+    Row("nano, reply at hand", "answer", "ours", {"reply": "given"}, "answer", True),
+    Row("nano int8 compiled, reply at hand", "answer", "ours", {"reply": "given", "variant": "int8 compiled"}, "answer", True), Row("nano, its own reply", "answer", "ours", {"reply": "head"}, "answer", True),
     Row("nano, Whisper and written replies", "answer", "ours", {"reply": "written"}, "answer", True),
     Row("pipeline with hibari", "answer", "classic", {"tts": "hibari"}, "answer", True), Row("pipeline with Kokoro", "answer", "classic", {"tts": "kokoro"}, "answer", True),
     *csm_rows("csm-nano", "CSM 8x384 + 3x256"), *csm_rows("csm-tiny", "CSM 18x1024 + 4x512"),
@@ -304,18 +308,20 @@ def bars(rows: dict, csm: dict, long: dict | None) -> list[dict]:
     for name in dict.fromkeys(("nano", best)):
         bar(f"{name}: first sound after the text, ms, 95 % of turns", 120, value(name, "first_sound_ms", "p95"))
         bar(f"{name}: real-time factor, median", 0.3, value(name, "real_time_factor", "p50"))
-    for name in ("nano, reply at hand", "nano, its own reply"):
+    hands = ("nano, reply at hand", "nano int8 compiled, reply at hand", "nano, its own reply")
+    for name in hands:
         bar(f"{name}: first sound after the user's turn, ms, 95 % of turns", 180, value(name, "first_sound_ms", "p95"))
     for label, times in (("CSM 8x384 + 3x256", 10), ("CSM 18x1024 + 4x512", 4)):
         for name in [n for n in csm if n.startswith(label)] or [f"{label}, ours"]:
             got, exact = csm.get(name), "int8" not in name
             same = bool(got and got["codes"] and got["codes"]["equal"] == got["codes"]["frames"])
             bar(f"{name}: times faster per frame than transformers{', greedy codes equal' if exact else ' (other numbers, so other codes)'}", times, got and got["faster"], "at least", same or not exact)
-    bar("tiny int8: real-time factor, median", 1, value("tiny int8", "real_time_factor", "p50"))
+    for name in ("tiny int8", "tiny int8 compiled"):
+        bar(f"{name}: real-time factor, median", 1, value(name, "real_time_factor", "p50"))
     bar("long conversation: cost of a frame, old over young", 1.1, long and long["cost_ratio"], "at most")
     pipelines = [value(n, "first_sound_ms", "p50") for n in ("pipeline with hibari", "pipeline with Kokoro")]
     quickest = min((p for p in pipelines if p), default=None)
-    for name in ("nano, reply at hand", "nano, its own reply"):
+    for name in hands:
         own = value(name, "first_sound_ms", "p50")
         bar(f"{name}: first sound sooner than the quicker pipeline's, times", 4, quickest / own if own and quickest else None, "at least")
     return found

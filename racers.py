@@ -8,6 +8,7 @@ N samples, K codebooks, T frames.
 """
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from pathlib import Path
@@ -24,6 +25,9 @@ RACE_GEOMETRIES = {        # raced against transformers' CSM: backbone, depth de
     "csm-test": (config.TransformerConfig(2, 64, 128, 4, 2, max_positions=256), config.TransformerConfig(2, 32, 64, 2, 1, max_positions=64))}
 
 
+VARIANT_ROOMS = {"compiled": "depth_graph", "int8": "quantisation", "speculative": "speculative"}
+
+
 def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -35,16 +39,24 @@ class LeftOut(ValueError):
 
 
 def vary(model, variant: str) -> str:
-    """Make `model` a variant, in place; a line that says what runs. LeftOut where there is none."""
-    if variant in ("", "plain", "speculative"):
+    """Make `model` a variant, in place; a line that says what runs. LeftOut where there is none.
+
+    variant: words of VARIANT_ROOMS; "" or "plain": as it was loaded.
+    """
+    words = variant.replace("plain", "").split()
+    missing = [word for word in words if word not in VARIANT_ROOMS or not has(VARIANT_ROOMS[word])]
+    if missing:
+        raise LeftOut(f"there is no {missing[0]} variant here")
+    if not words:
         return ""
-    if variant == "compiled":
-        model.compile_blocks()
-        return "torch.compile of every block"
-    if variant == "int8" and has("quantisation"):
-        import quantisation
-        return quantisation.quantise(model, "int8") or "int8"
-    raise LeftOut(f"there is no {variant} variant here")
+    import quantisation
+    notes = [quantisation.quantise(model, "int8" if "int8" in words else "fp32")]
+    for word, make in (("compiled", "compile_depth"), ("speculative", "speculate")):
+        if word in words:
+            notes.append(getattr(importlib.import_module(VARIANT_ROOMS[word]), make)(model))
+            if model.frame_codes is None:
+                raise LeftOut(f"{word} does not run here: {notes[-1]}")
+    return "; ".join(notes)
 
 
 # ----------------------------------------------------------------------------- bytes that a frame reads
@@ -109,8 +121,6 @@ class Ours:
     def __init__(self, spec: dict):
         self.spec, self.tools = spec, spec["tools"]
         self.trained = not spec.get("size")
-        if spec.get("variant") == "speculative":
-            self._speculative()
         if self.trained:
             args = SimpleNamespace(device="cpu", checkpoint=spec["checkpoint"], codec=spec["codec"])
             self.model, self.codec, self.tokenizer, path = self.tools["load_talker"](args)
@@ -118,13 +128,10 @@ class Ours:
         else:
             from text_tokenizer import load_tokenizer
             self.model, self.codec, self.tokenizer = random_model(config.model_preset(spec["size"]), spec["seed"]), load_codec(spec), load_tokenizer()
-        size = {"int8": 1}.get(spec.get("variant"), 0)
+        size = int("int8" in spec.get("variant", ""))
         self.bytes, self.parameters = frame_bytes(self.model, self.codec, size), sum(p.numel() for p in self.model.parameters())
         self.note = vary(self.model, spec.get("variant", ""))
         self._retriever = self._ears = None
-
-    def _speculative(self) -> None:
-        raise LeftOut("there is no speculative variant here")
 
     def about(self) -> dict:
         return {"parameters": self.parameters, "bytes": self.bytes, "note": self.note, "weights": "trained" if self.trained else "random"}
@@ -263,13 +270,11 @@ class Csm:
         with torch.no_grad():
             for head in (own.codebook0_head.weight, own.audio_head):
                 head.mul_(LOUD / 0.02 / head.shape[1] ** 0.5)
-        self.bytes, self.parameters, self.note = frame_bytes(own, self.codec, {"int8": 1}.get(spec.get("variant"), 0)), sum(p.numel() for p in own.parameters()), ""
+        self.bytes, self.parameters, self.note = frame_bytes(own, self.codec, int("int8" in spec.get("variant", ""))), sum(p.numel() for p in own.parameters()), ""
         if spec["side"] == "theirs":
             self.model = spec["tools"]["their_model"](own).eval()
         else:
             self.model, self.note = own, vary(own, spec.get("variant", ""))
-            if spec.get("variant") == "speculative":
-                raise LeftOut("there is no speculative variant here")
 
     def about(self) -> dict:
         return {"parameters": self.parameters, "bytes": self.bytes, "note": self.note, "weights": "random"}
