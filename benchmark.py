@@ -8,6 +8,7 @@
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
+    python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import benchmark_codec
 import benchmark_fast
+import benchmark_latency
 import benchmark_model
 import benchmark_personal
 import benchmark_tokens
@@ -356,6 +358,14 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_latency(args) -> tuple[dict, str]:
+    """The race: our model and its variants, transformers' CSM, the classic pipeline, other token orders; first sound, speed, memory, words."""
+    import demo
+    tools = {"load_talker": load_talker, "session_with_voices": session_with_voices, "weights_name": weights_name, "responder": demo.Responder,
+             "official": benchmark_model.official, "their_model": benchmark_model.their_model, "memory_mb": benchmark_model.memory_mb}
+    return benchmark_latency.bench_latency(args, tools)
+
+
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
     return benchmark_model.write_pictures(load_talker(args), args)
@@ -390,6 +400,7 @@ PARTS = {
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
+    "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
 

@@ -73,6 +73,9 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py personal": ("--turns 2 --minutes 0.25 --steps 1 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py latency": ("--quick --turns 2 --long 8 --frames 2 --rows 'nano turn,order: delay' --no_judge --results outputs/R.md", ""),
+    "python experiments/token_orders.py": ("--model_size test --frames 3 --repeats 1", ""),
+    "python experiments/token_orders.py --train_steps 2000": ("--model_size test --frames 3 --repeats 1 --train_steps 2 --batch 2 --spoken_turns 1 --eval_turns 2", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --races fp32 --plan test --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
@@ -125,7 +128,7 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     for name in [p.name for p in ROOT.glob("*.py")] + ["run_experiment.sh", "requirements.txt", "constraints.txt"]:
         shutil.copy2(ROOT / name, folder / name)
-    for name in ("assets", "examples"):
+    for name in ("assets", "examples", "experiments"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
     tiny_official_weights(folder / "csm-1b")
