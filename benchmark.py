@@ -9,6 +9,7 @@
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
+    python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -34,6 +35,7 @@ import benchmark_fast
 import benchmark_latency
 import benchmark_model
 import benchmark_personal
+import benchmark_serve
 import benchmark_tokens
 import benchmark_voice
 import config
@@ -401,6 +403,7 @@ PARTS = {
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
+    "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 600, benchmark_serve.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
 

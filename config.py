@@ -347,6 +347,43 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class EndpointConfig:
+    """When a turn begins and ends (endpointing.py). Times in milliseconds, probabilities of the voice activity network."""
+    vad_threshold: float = 0.5        # from here on a step of 32 ms is speech
+    vad_release: float = 0.35         # below this it is silence again
+    start_ms: int = 96
+    barge_in_ms: int = 256            # speech that interrupts a reply
+    pause_ms: int = 256               # silence at which the turn so far is written down
+    end_ms: int = 640                 # silence that ends a turn, nothing known of its words
+    finished_ms: int = 448            # where the words so far make a sentence
+    unfinished_ms: int = 1216         # where they break off
+    lead_ms: int = 320                # sound kept from before the speech
+    longest_turn: float = 30.0        # seconds; a turn is ended here at the latest
+
+    def __post_init__(self):
+        _require(0 < self.vad_release <= self.vad_threshold < 1, "0 < vad_release <= vad_threshold < 1 does not hold: change --vad_threshold or --vad_release")
+        _require(0 < self.start_ms <= self.barge_in_ms, "barge_in_ms is shorter than start_ms: change --barge_in_ms or --start_ms")
+        _require(0 < self.pause_ms <= self.finished_ms <= self.end_ms <= self.unfinished_ms,
+                 "pause_ms <= finished_ms <= end_ms <= unfinished_ms does not hold: change --pause_ms, --finished_ms, --end_ms or --unfinished_ms")
+        _require(0 <= self.lead_ms <= 2000, "lead_ms must be 0..2000: change --lead_ms")
+        _require(0.5 <= self.longest_turn <= 120, "longest_turn must be 0.5..120 s: change --longest_turn")
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """A live conversation (live.py)."""
+    ahead_seconds: float = 2.0        # speech is made so far ahead of what can have been heard
+    partial_seconds: float = 1.5      # between two transcripts of a turn that goes on; 0: none
+    history: int = 24                 # turns that a responder is shown
+    user_sound: bool = True           # the model hears the user's voice, not the words alone
+    user_seconds: float = 8.0         # the newest of it, at most
+
+    def __post_init__(self):
+        _require(min(self.ahead_seconds, self.user_seconds) > 0 <= self.partial_seconds, "times must be positive: change --ahead_seconds, --user_seconds or --partial_seconds")
+        _require(self.history >= 1, "history must be at least 1: change --history")
+
+
+@dataclass(frozen=True)
 class BatchingConfig:
     """Many conversations on one model (batching.py)."""
     max_turns: int = 8                # turns that are made at the same time

@@ -244,8 +244,8 @@ def file_name(text: str) -> str:
 class Responder:
     """What a speaker without a line says: from the text head, from written dialogues, or from a command."""
 
-    def __init__(self, kind: str, command: str = ""):
-        self.kind, self.command, self._loaded = kind, command, None
+    def __init__(self, kind: str, command: str = "", candidates: int = RETRIEVED):
+        self.kind, self.command, self.candidates, self._loaded = kind, command, candidates, None
         if kind == "command" and not command.strip():
             raise ValueError("--responder command needs --responder_command, such as --responder_command 'python my_bot.py'")
 
@@ -262,7 +262,7 @@ class Responder:
         retriever, general = self._written()
         said = {text.lower() for _, text in history}
         asked = history[-1][1] if history else ""
-        found = [(score, turn) for score, turn in retriever.nearest(asked, RETRIEVED) if score >= GOOD_MATCH]
+        found = [(score, turn) for score, turn in retriever.nearest(asked, self.candidates) if score >= GOOD_MATCH]
         if not found:
             when = "opening" if not history else "question" if asked.rstrip().endswith("?") else "statement"
             found = [(1.0, turn) for turn in general[when]]

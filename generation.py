@@ -417,6 +417,33 @@ class Session:
         self._slots.append(None if slots is None else Slots(slots.semantic[:, -1:], slots.prosodic[:, -1:], number))
         self.turns.append(turn)
 
+    def replace_last(self, count: int, kept: Turn | None = None) -> None:
+        """Forget the last `count` turns; `kept`, a turn with codes, stands in their place (what was heard of them, say)."""
+        left = len(self.turns) - count
+        if count:
+            del self.turns[left:], self._slots[left:]
+            self._start, self._state = min(self._start, left), None
+        self._said = None
+        if kept is not None:
+            self._room(len(self.tokenizer.encode(kept.text)) + kept.num_frames + 8)
+            self._put(kept)
+
+    def lighten(self) -> None:
+        """Forget what is needed no more: the sound of all turns, codes and slots of those that have left the window (the first of each speaker keeps its voice)."""
+        first = {turn.speaker: number for number, turn in reversed(list(enumerate(self.turns)))}
+        for number, turn in enumerate(self.turns):
+            turn.audio = None
+            if number < self._start and number != first[turn.speaker]:
+                turn.codes = turn.readings = None
+        for number in range(self._start - self.model.cfg.memory.max_slots):
+            self._slots[number] = None
+
+    @property
+    def in_use(self) -> tuple[int, int]:
+        """Positions of the window that are filled, and memory slots that are kept."""
+        slots = self._spare.slots if self._spare else None
+        return (self._state.length if self._state else 0), (0 if slots is None else slots.turn.shape[1])
+
     # ---- what is said
 
     def speak(self, speaker: int, text: str, mood: str | None = None, piece_ms: int | None = None) -> Iterator[np.ndarray]:
