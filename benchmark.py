@@ -7,6 +7,7 @@
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
+    python benchmark.py watermark     is the mark found, is it found where there is none, can it be heard?
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
 
@@ -30,8 +31,9 @@ from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
-TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step",
+          "watermark": "Watermark"}
+TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8, "watermark": 100}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
 
@@ -350,6 +352,13 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_watermark(args) -> tuple[dict, str]:
+    """Marked speech through codecs, rates and noise: how often it is found, how often something else is, and whether it can be heard."""
+    import benchmark_watermark
+    from benchmark_codec import recordings
+    return benchmark_watermark.bench_watermark(args, recordings)
+
+
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
     import benchmark_model
@@ -358,13 +367,14 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train,
+           "watermark": bench_watermark}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "watermark", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|watermark|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -375,7 +385,7 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "speed", "watermark", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
         if name in ("codec", "voice", "speed", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
@@ -400,6 +410,9 @@ def build_parser() -> config.Parser:
             part.add_argument("--listen", type=int, default=LISTEN, help=f"turns that the model writes down; 0: none; default {LISTEN}")
         if name in ("voice", "inspect"):
             part.add_argument("--save", default=f"outputs/benchmark/{name}", help=f"folder for what was {'said' if name == 'voice' else 'drawn'}; default outputs/benchmark/{name}")
+        if name == "watermark":
+            import benchmark_watermark
+            benchmark_watermark.add_arguments(part)
         if name == "train":
             part.add_argument("--model_size", default="nano", help="preset whose geometry is raced; default nano")
             part.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")

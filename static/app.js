@@ -233,7 +233,7 @@ function stopVoice() {
 const HEAR = {
   ready(event) {
     talk.socket.started = true;
-    if (event.voices?.length) listVoices(event.voices);
+    if (event.voices?.[0]?.id) listVoices(event.voices);
     $("model").textContent = event.model ? `Model: ${event.model}` : "";
     if (talk.recording) send({type: "voice_prompt", audio: talk.upload.audio, text: null});
     show(resting());
@@ -294,9 +294,12 @@ const HEAR = {
     if (document.body.dataset.state !== "hearing") show(resting());
   },
   error(event) {
-    if (event.code === "unauthorized") { askForKey(); return; }
+    if (event.code === "key") { talk.socket.wanted = true; askForKey(); return; }
+    talk.socket.said = true;
     complain(event.message || "The server could not do that.");
-    if (talk.making === false && !player.busy) show(resting());
+    if (talk.making && player.busy) player.end(talk.turn);      // nothing more comes of this turn
+    talk.making = false;
+    if (!player.busy) show(resting());
   },
 };
 
@@ -326,6 +329,7 @@ function connect() {
     socket.onmessage = (event) => {
       if (event.data instanceof ArrayBuffer) { hearSound(event.data); return; }
       const message = JSON.parse(event.data);
+      if (message.type !== "error") socket.said = false;
       HEAR[message.type]?.(message);
     };
     socket.onclose = (event) => { reject(new Error("closed")); left(socket, event); };
@@ -341,10 +345,10 @@ function left(socket, event) {
   if (!socket.wanted) {
     if ([1008, 3000, 4001, 4401].includes(event.code) && !began) { askForKey(); return; }
     const why = event.reason || (began ? "The connection ended" : "The server cannot be reached");
-    complain(`${why.replace(/\.$/, "")}. ${began ? "Speak or write to begin a new conversation." : "Check that it runs, then try again."}`);
+    if (!socket.said) complain(`${why.replace(/\.$/, "")}. ${began ? "Speak or write to begin a new conversation." : "Check that it runs, then try again."}`);
   }
   microphoneOff();
-  show(socket.wanted ? "idle" : "lost");
+  show(!$("key_form").hidden ? "locked" : socket.wanted ? "idle" : "lost");
 }
 
 // True when there is a conversation to speak into.

@@ -88,14 +88,19 @@ class FakeSession:
         if kind == "auth":
             self.allowed = message["key"] == self.server.key
         elif not self.allowed:
-            await self.ws.close(1008, "unauthorized")
+            await self.tell("error", code="key", message="the key is missing or wrong")
+            await self.ws.close(1008)
             return False
         elif kind == "start":
-            await self.tell("ready", session="s1", sample_rate=24000, voices=VOICES, model="fake")
+            await self.tell("ready", session="s1", sample_rate=24000, voices=[v["id"] for v in VOICES], model="fake")
         elif kind == "text" and message["text"] == "break":
             await self.tell("error", code="text_too_odd", message="This text cannot be spoken: write words.")
         elif kind == "text" and message["text"] == "vanish":
-            await self.ws.close(1013, "The server is full, try again in a minute")
+            await self.tell("error", code="busy", message="All places are taken: try again in a minute.")
+            await self.ws.close(1013)
+            return False
+        elif kind == "text" and message["text"] == "fall":
+            await self.ws.close(1011)
             return False
         elif kind == "text":
             self.turn += 1
@@ -389,11 +394,15 @@ def test_errors_say_what_to_do(page, serve):
     page.wait_for_selector("#alert:has-text('This text cannot be spoken: write words.')")
     page.fill("#text", "vanish")
     page.press("#text", "Enter")
-    page.wait_for_selector("#alert:has-text('The server is full, try again in a minute. Speak or write to begin a new conversation.')")
+    state(page, "lost")
+    assert page.inner_text("#alert_text") == "All places are taken: try again in a minute."      # the reason is not covered by "the connection ended"
+    page.fill("#text", "fall")
+    page.press("#text", "Enter")
+    page.wait_for_selector("#alert:has-text('The connection ended. Speak or write to begin a new conversation.')")
     page.fill("#text", "back")
     page.press("#text", "Enter")
     page.wait_for_selector(".turn.voice:has-text('You wrote back')")
-    assert fake.connections == 2
+    assert fake.connections == 3
 
 
 def test_without_a_microphone_it_says_so(page, serve):
