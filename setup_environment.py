@@ -28,8 +28,8 @@ NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
 # pyworld (the pitch judge) and pesq need a C++ compiler where there is no wheel; sounddevice plays and records; pesq and pystoi
 # compare a codec with its input.
 OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1")
-# transformers holds the reference CSM that the tests compare ours with.
-DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0")
+# transformers holds the reference CSM that the tests compare ours with; playwright drives a Chromium that is installed already.
+DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "playwright==1.65.2")
 STAMP = "csm-setup.json"
 
 NETWORK_SIGNS = ("failed to establish a new connection", "temporary failure in name resolution", "network is unreachable",

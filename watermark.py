@@ -1,4 +1,4 @@
-"""An inaudible, keyed mark that says "a machine made this sound", and a detector that knows how sure it is.
+"""A keyed mark in the sound, meant not to be heard, that says "a machine made this"; and a detector that knows how sure it is.
 
     python watermark.py embed speech.wav --output outputs/marked.wav
     python watermark.py detect outputs/marked.wav
@@ -18,7 +18,7 @@ Rademacher sums), whatever the sound is and however good or bad the network.
     marked = embed(audio, key)                   # float32 (N,) at 24 kHz, all at once
     found = detect(marked, key)                  # .score, .p_value
 
-Also here: what a file's metadata say of the same fact (AI_TAGS, tag_sound). Knows nothing of models and of the codec.
+Also here: what a file's metadata say of the same fact (AI_TAGS, tag_sound, wav_info for streams). Knows nothing of models and of the codec.
 """
 from __future__ import annotations
 
@@ -265,8 +265,11 @@ def match(carriers, key: str, cfg: WatermarkConfig, stride: int = 2) -> Found:
     starts = np.arange(0, length, stride)
     cells = folded[(starts[:, None] + cfg.block * np.arange(cfg.period)) % length]      # (starts, period, carriers)
     scores = (cells * wanted).sum((1, 2)) / np.sqrt((cells ** 2).sum((1, 2)) + 1e-12)
-    best = int(scores.argmax())
-    return Found(float(scores[best]), min(1.0, tail(float(scores[best])) * len(starts)), float(starts[best] * HOP / RATE))
+    odds = np.full(len(starts), 0.5 / len(starts))          # chances of a false alarm are dealt out (union bound): half to a sound that
+    odds[0] += 0.5                                          # begins with the mark, as most do, and half to all beginnings alike
+    p_values = [float(tail(score) / share) for score, share in zip(scores.tolist(), odds)]
+    best = int(np.argmin(p_values))
+    return Found(float(scores[best]), min(1.0, p_values[best]), float(starts[best] * HOP / RATE))
 
 
 def detect(audio, key: str = PUBLIC_KEY, folder=WEIGHTS) -> Found:
@@ -296,6 +299,16 @@ def tag_sound(path, tags: dict | None = None) -> dict:
     finally:
         temporary.unlink(missing_ok=True)
     return read_tags(path)
+
+
+def wav_info(tags: dict | None = None) -> bytes:
+    """A LIST/INFO chunk with the tags, to put between `fmt ` and `data` of a WAV file whose samples are not known yet."""
+    names = {"title": b"INAM", "comment": b"ICMT", "software": b"ISFT", "artist": b"IART"}
+    inside = b"INFO"
+    for name, text in (tags or AI_TAGS).items():
+        value = text.encode("ascii", "replace") + b"\0"
+        inside += names[name] + len(value).to_bytes(4, "little") + value + b"\0" * (len(value) % 2)
+    return b"LIST" + len(inside).to_bytes(4, "little") + inside
 
 
 def set_tags(file, tags: dict | None = None) -> None:

@@ -9,8 +9,8 @@ replica is one process with the model, its own places and its own queue. Ray sta
 away idle ones; what does not fit waits, and beyond that gets 503.
 
 Who stays where: a conversation is one WebSocket, so it stays at its replica until it ends; where a replica dies, its conversations end
-and may begin again at another, and no other conversation notices. Single requests go wherever there is room, unless they carry the
-header `serve_multiplexed_model_id: ANY_NAME`: then all of that name go to the same replica, as long as it lives and has room.
+and may begin again at another, and no other conversation notices. Single requests are spread evenly, unless they carry the header
+`x-session-id: ANY_NAME`: then all of that name go to the same replica, as long as it lives and has room.
 
 The proxy listens on loopback. Beyond it (`serve run` of a file with `http_options`, or `serve.start(http_options={"host": ...})`) put a
 key into the variable SERVE_API_KEY of every node: without one the replicas answer only those who call them by a loopback name.
@@ -25,7 +25,8 @@ import shlex
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 
-NAMES_PER_REPLICA = 1024            # of the sticky header; the oldest is forgotten first
+# By consistent hashing of the header x-session-id; without it, spread evenly. A full replica sends on to the next two.
+STICKY = {"request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter", "request_router_kwargs": {"num_fallback_replicas": 2}}
 
 
 class Settings(BaseModel):
@@ -37,23 +38,6 @@ class Settings(BaseModel):
     cpus: float = Field(1.0, ge=0)
     gpus: float = Field(0.0, ge=0)
     flags: str = Field("", description="flags of serve.py for every replica; --host and --port have no meaning here")
-
-
-class Sticky:
-    """ASGI middleware: tells Ray that the name in the header lives here, so that it sends the next request of that name here too."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        name = ray_serve.get_multiplexed_model_id() if scope["type"] in ("http", "websocket") else ""
-        if name:
-            await self._lives_here(name)
-        await self.app(scope, receive, send)
-
-    @ray_serve.multiplexed(max_num_models_per_replica=NAMES_PER_REPLICA)
-    async def _lives_here(self, name: str) -> str:
-        return name
 
 
 def make_replica(flags: str):
@@ -68,7 +52,6 @@ def make_replica(flags: str):
     @app.get("/replica", include_in_schema=False)
     async def replica():
         return {"replica": ray_serve.get_replica_context().replica_id.unique_id, "pid": os.getpid()}
-    app.add_middleware(Sticky)
     logging.getLogger("ray.serve").info("replica ready: %s", service.model_name)
     return app
 
@@ -88,7 +71,7 @@ def build(settings: Settings):
     scaling = None if settings.min_replicas == settings.max_replicas else {
         "min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas, "target_ongoing_requests": settings.busy, "upscale_delay_s": 5, "downscale_delay_s": 300}
     deployment = ray_serve.deployment(
-        Replica, name="conversations", autoscaling_config=scaling, max_ongoing_requests=places, max_queued_requests=4 * places,
+        Replica, name="conversations", autoscaling_config=scaling, max_ongoing_requests=places, max_queued_requests=4 * places, request_router_config=STICKY,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus}, health_check_period_s=5, health_check_timeout_s=30,
         graceful_shutdown_timeout_s=limits.grace_seconds, **({"num_replicas": settings.min_replicas} if scaling is None else {}))
     return deployment.bind()

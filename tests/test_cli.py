@@ -73,6 +73,10 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py watermark": ("--turns 3 --keys 2 --results outputs/R.md", ""),
+    "python watermark.py embed my_voice.wav --output outputs/marked.wav": ("", ""),
+    "python watermark.py detect outputs/marked.wav": ("", ""),
+    "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
@@ -127,6 +131,7 @@ def house(tmp_path_factory) -> Path:
     for name in ("assets", "examples"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
+    shutil.copytree(ROOT / "pretrained/watermark", folder / "pretrained/watermark")
     tiny_official_weights(folder / "csm-1b")
     this_python_as_environment(folder / ".venv")
     done = run(folder, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -172,9 +171,8 @@ def both(address: str) -> set[int]:
 @pytest.mark.slow
 def test_replicas_share_the_work_and_a_name_sticks_to_one(cluster):
     assert len(both(cluster)) == 2
-    first = read(f"http://{cluster}/replica", serve_multiplexed_model_id="ann")["pid"]
-    time.sleep(1.0)                                       # the proxy hears where the name lives
-    assert {read(f"http://{cluster}/replica", serve_multiplexed_model_id="ann")["pid"] for _ in range(12)} == {first}
+    homes = [{read(f"http://{cluster}/replica", **{"x-session-id": f"person {n}"})["pid"] for _ in range(6)} for n in range(12)]
+    assert all(len(home) == 1 for home in homes) and len(set.union(*homes)) == 2       # each name has one home, and not all the same
     assert [v["id"] for v in read(f"http://{cluster}/v1/audio/voices")["voices"]]
 
 
