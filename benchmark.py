@@ -7,6 +7,7 @@
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
+    python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
 
@@ -25,12 +26,14 @@ import time
 from pathlib import Path
 
 import config
+import benchmark_evaluation
 from benchmark_codec import bench_codec, codec_body
 from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step",
+          "evaluation": "Conversations"}
 TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
@@ -358,13 +361,14 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train,
+           "evaluation": benchmark_evaluation.bench_evaluation}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect", "evaluation")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|evaluation|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -375,9 +379,9 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "speed", "inspect", "evaluation"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
-        if name in ("codec", "voice", "speed", "train", "inspect"):
+        if name in ("codec", "voice", "speed", "train", "inspect", "evaluation"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
         if name == "tokens":
@@ -390,7 +394,9 @@ def build_parser() -> config.Parser:
             part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
             part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
             part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
-        if name in ("voice", "speed", "inspect"):
+        if name == "evaluation":
+            benchmark_evaluation.add_flags(part)
+        if name in ("voice", "speed", "inspect", "evaluation"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
         if name == "voice":
             config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))

@@ -9,7 +9,7 @@ sound's contents), then scored together (`score`). What cannot be judged scores 
 | score | 1 means | source |
 |---|---|---|
 | character | one person per name: a fitted verifier takes a name's turns for one person and two names for two | cosine of Resemblyzer's d-vectors (arXiv 1710.10467), pitch level |
-| voice | nobody changes within a turn: the verifier takes the halves of a turn for one person | as above |
+| voice | nobody changes within a turn: the verifier takes the halves of every turn for one person | as above |
 | mood | the moods heard fit the moods asked for better than in any other order of the speaker's turns | logistic regression on pitch, range, loudness, pace, tilt |
 | prosody | melody, timing and pauses are those of a natural rendering of the same words | concordance (Lin 1989), DTW |
 | flow | gaps and overlaps are distributed as people's | Levinson and Torreira 2015, Wasserstein distance |
@@ -29,10 +29,10 @@ import turn_taking
 from dialogue import RATE, Dialogue, Turn
 
 SCORES = ("character", "voice", "mood", "prosody", "flow", "words", "sound")
-UNITS = {"character": "mean probability of the right decision", "voice": "mean probability of one person", "mood": "share of orders that fit worse",
+UNITS = {"character": "mean probability of the right decision", "voice": "share of turns in one voice", "mood": "share of orders that fit worse",
          "prosody": "mean of melody, evenness and pauses", "flow": "exp(-excess Wasserstein distance / 0.3 s)", "words": "1 - word error rate", "sound": "(MOS - 1) / 4"}
 HALF = 1.2                      # s of each half of a turn, at least, for its voice to be compared
-UNEVEN = 0.4                    # std of log local pace at which evenness falls to 1/e
+UNEVEN = 0.25                   # std of log local pace at which evenness falls to 1/e
 ORDERS = 500                    # orders of a speaker's turns that the mood score tries
 
 
@@ -98,29 +98,38 @@ def pair_features(a: dict, b: dict) -> list[float] | None:
 def character_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
     """Character consistency: mean probability of the right decision of the verifier over pairs of one name, and over pairs of two names, averaged.
 
-    With one name the first half alone. parts: same (mean probability within names), different (between), cosine, pairs.
+    Of one name the first half of the turns is paired with the last half: a voice that wanders or changes shows most between these.
+    With one name the first part alone. parts: same (mean probability within names), different (between), cosine, pairs.
     """
     same, different, cosines = [], [], []
-    for i, a in enumerate(measured):
-        for j in range(i):
-            features = pair_features(measured[j], a)
-            if features is None:
-                continue
-            one = talk.turns[i].speaker == talk.turns[j].speaker
-            (same if one else different).append(logistic(features, models["person"]))
-            cosines += [features[0]] if one else []
+    for i, j in _pairs(talk, measured):
+        features = pair_features(measured[i], measured[j])
+        one = talk.turns[i].speaker == talk.turns[j].speaker
+        (same if one else different).append(logistic(features, models["person"]))
+        cosines += [features[0]] if one else []
     if not same:
         return _scored(None, "no speaker has two turns that can be judged", pairs=0)
     within, between = float(np.mean(same)), float(np.mean(different)) if different else None
     return _scored(within if between is None else (within + 1 - between) / 2, same=within, different=between, cosine=float(np.mean(cosines)), pairs=len(same))
 
 
+def _pairs(talk: Dialogue, measured: list[dict]) -> list[tuple[int, int]]:
+    """Places of the turns that are compared: each name's first half with its last half, and every turn with those of other names."""
+    usable = {s: [i for i in talk.of(s) if pair_features(measured[i], measured[i]) is not None] for s in talk.speakers}
+    own = [(i, j) for places in usable.values() for i in places[:(len(places) + 1) // 2] for j in places[len(places) // 2:] if i < j]
+    names = list(usable)
+    return own + [(i, j) for k, a in enumerate(names) for b in names[k + 1:] for i in usable[a] for j in usable[b]]
+
+
 def voice_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
-    """Voice consistency within turns: mean probability that the halves of a turn are one person's. parts: cosine (mean, lowest), turns."""
+    """Voice consistency within turns: share of turns whose halves the verifier takes for one person's. parts: cosine (mean, lowest), turns.
+
+    A share of decisions, since the cosines themselves move with anything that is done to a sound; the verifier is fitted on vocoded speech as well.
+    """
     cosines = [m["halves"] for m in measured if m["halves"] is not None]
     if not cosines:
         return _scored(None, f"no turn holds {2 * HALF:g} s of speech", turns=0)
-    return _scored(float(np.mean([logistic([c], models["halves"]) for c in cosines])), cosine=float(np.mean(cosines)), lowest=min(cosines), turns=len(cosines))
+    return _scored(float(np.mean([logistic([c], models["halves"]) > 0.5 for c in cosines])), cosine=float(np.mean(cosines)), lowest=min(cosines), turns=len(cosines))
 
 
 def mood_evidence(talk: Dialogue, measured: list[dict], models: dict) -> list[dict[str, float] | None]:

@@ -21,13 +21,20 @@ PERIOD = 0.005                  # s between WORLD's frames
 
 # ----------------------------------------------------------------------------- the vocoder
 
+def _world():
+    import warnings
+    try:
+        with warnings.catch_warnings():                                    # it imports the deprecated pkg_resources
+            warnings.simplefilter("ignore")
+            import pyworld
+    except ImportError:
+        raise ValueError("the package pyworld is not installed: run python setup_environment.py") from None
+    return pyworld
+
+
 def analyse(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """f0 (T,) in Hz (0: unvoiced), spectral envelope and aperiodicity (T, F), every PERIOD (WORLD: dio, stonemask, cheaptrick, d4c)."""
-    import warnings
-    with warnings.catch_warnings():                                        # it imports the deprecated pkg_resources
-        warnings.simplefilter("ignore")
-        import pyworld
-    sound = np.ascontiguousarray(audio, dtype=np.float64)
+    pyworld, sound = _world(), np.ascontiguousarray(audio, dtype=np.float64)
     f0, times = pyworld.dio(sound, RATE, f0_floor=60.0, f0_ceil=500.0, frame_period=1000 * PERIOD)
     f0 = pyworld.stonemask(sound, f0, times, RATE)
     return f0, pyworld.cheaptrick(sound, f0, times, RATE), pyworld.d4c(sound, f0, times, RATE)
@@ -35,8 +42,7 @@ def analyse(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def synthesise(f0: np.ndarray, envelope: np.ndarray, aperiodicity: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """WORLD parameters -> audio (N,) float32; at the level of `like` where it is given."""
-    import pyworld
-    audio = pyworld.synthesize(np.ascontiguousarray(f0), np.ascontiguousarray(envelope), np.ascontiguousarray(aperiodicity), RATE, 1000 * PERIOD)
+    audio = _world().synthesize(np.ascontiguousarray(f0), np.ascontiguousarray(envelope), np.ascontiguousarray(aperiodicity), RATE, 1000 * PERIOD)
     audio = np.nan_to_num(audio)
     if like is not None:
         audio *= _rms(like) / max(_rms(audio), 1e-9)

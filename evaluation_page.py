@@ -48,7 +48,8 @@ def scores_picture(conditions: dict) -> str:
                 continue
             x = j + 0.16 * (k - (len(conditions) - 1) / 2)
             error = [[s["mean"] - s["low"]], [s["high"] - s["mean"]]] if s["low"] is not None else None
-            axes.errorbar(x, s["mean"], yerror(error), fmt="o", color=f"C{k}", capsize=3, label=LABELS[condition] if j == 0 else None)
+            axes.errorbar(x, s["mean"], yerror(error), fmt="o", color=f"C{k}", capsize=3, label=None)
+        axes.plot([], [], "o", color=f"C{k}", label=LABELS[condition])
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.03)
     axes.grid(axis="y", alpha=0.3)

@@ -8,8 +8,10 @@ model could reach at most), `source` (the pipeline: the source TTS speaks turn b
 """
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def kept(folder, key: str, make) -> tuple[list[np.ndarray], list]:
         with np.load(path, allow_pickle=False) as file:
             sounds = [file[f"s{i}"].astype(np.float32) / 32767 for i in range(len(file.files) - 1)]
             return sounds, json.loads(str(file["facts"]))
-    except (OSError, ValueError, KeyError):                                    # not there, or torn: made anew
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):                # not there, or torn: made anew
         pass
     sounds, facts = make()
     arrays = {f"s{i}": np.round(np.clip(s, -1, 1) * 32767).astype(np.int16) for i, s in enumerate(sounds)}
@@ -92,9 +94,9 @@ class Speaker:
 
     def __init__(self, args):
         import checkpoint
+        from benchmark_voice import weights_name
         self.args, self._lab = args, None
-        self.path = Path(args.checkpoint) if args.checkpoint else checkpoint.default_checkpoint()
-        checkpoint.find(self.path)
+        self._name = weights_name(checkpoint.find(args.checkpoint or checkpoint.default_checkpoint()))
 
     @property
     def lab(self) -> demo.Lab:
@@ -107,9 +109,8 @@ class Speaker:
         return self._lab
 
     def name(self) -> dict:
-        import checkpoint
-        from benchmark_voice import weights_name
-        return weights_name(checkpoint.find(self.path))
+        """{path, sha256} of the weights."""
+        return self._name
 
     def settings(self) -> tuple:
         sampling = sorted((k, getattr(self.args, k)) for k in config.SamplingConfig.__dataclass_fields__ if hasattr(self.args, k))
@@ -191,7 +192,9 @@ def end_faults(talk: Dialogue, measured: list[dict]) -> list[dict]:
 
 
 def second_ears(talk: Dialogue) -> list[tuple[str, str]]:
-    """(text, what PocketSphinx hears) of the turns."""
+    """(text, what PocketSphinx hears) of the turns; [] where it is not installed."""
+    if importlib.util.find_spec("pocketsphinx") is None:
+        return []
     return [(t.text, metrics.transcribe_again(t.audio)) for t in talk.turns]
 
 

@@ -90,9 +90,7 @@ def align(line: Line, reference: Line) -> np.ndarray:
 
     def normal(c):
         return (c - c.mean(1, keepdims=True)) / np.maximum(c.std(1, keepdims=True), 1e-6)
-    _, path = librosa.sequence.dtw(normal(line.cepstra), normal(reference.cepstra), metric="euclidean",
-                                   step_sizes_sigma=np.array([[1, 1], [1, 2], [2, 1], [1, 3], [3, 1]]), weights_add=np.zeros(5), weights_mul=np.array([1.0, 1.5, 1.5, 2.0, 2.0])) \
-        if 1 / 2.8 < line.cepstra.shape[1] / max(1, reference.cepstra.shape[1]) < 2.8 else librosa.sequence.dtw(normal(line.cepstra), normal(reference.cepstra))
+    _, path = librosa.sequence.dtw(normal(line.cepstra), normal(reference.cepstra), metric="euclidean")
     return path[::-1]
 
 

@@ -17,11 +17,11 @@ import config
 from corruptions import CORRUPTIONS
 from dialogue import Dialogue, Turn, fingerprint, from_supervisions
 
-VERSION = 1                     # of the measurements: another number, other cache files
+VERSION = 3                     # of the measurements: another number, other cache files
 # What each score must notice, and what it may notice since the corruption touches by construction what it measures.
 OWN = {"character": ("swapped speakers", "drifting voice"), "voice": ("voice changes",), "mood": ("swapped moods",), "prosody": ("flat pitch", "exchanged pitch", "uneven pace"),
        "flow": ("stretched gaps", "rushed turns"), "words": ("wrong words", "pieces"), "sound": ("noise", "pieces")}
-TOUCHED = {"character": ("voice changes", "pieces", "noise"), "voice": ("pieces", "noise"), "mood": ("swapped speakers", "drifting voice", "flat pitch", "pieces", "noise", "voice changes"),
+TOUCHED = {"character": ("voice changes", "pieces", "noise"), "voice": ("pieces", "noise"), "mood": ("swapped speakers", "drifting voice", "flat pitch", "pieces", "noise", "voice changes", "wrong words"),
            "prosody": ("pieces", "noise", "wrong words", "swapped moods", "voice changes"), "flow": ("pieces", "noise"), "words": ("noise", "uneven pace"),
            "sound": ("vocoded", "uneven pace", "flat pitch", "exchanged pitch", "voice changes", "drifting voice", "swapped moods")}
 GOOD = 0.9                      # the least AUC of a score on its own corruptions
@@ -154,6 +154,8 @@ def _regression(x, y, names: list) -> dict:
     import numpy as np
     from sklearn.linear_model import LogisticRegression
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y)
+    if len(set(y.tolist())) < 2:
+        raise ValueError(f"too little speech to fit a judge of {names[0]}: give more --data or a higher --count")
     mean, std = x.mean(0), np.maximum(x.std(0), 1e-6)
     fitted = LogisticRegression(max_iter=2000, class_weight="balanced").fit((x - mean) / std, y)
     found = {"features": names, "mean": mean.tolist(), "std": std.tolist(), "n": len(x)}
@@ -176,23 +178,26 @@ def person_pairs(talks: list, measured: list) -> tuple[list, list]:
     return x, y
 
 
-def half_pairs(talks: list) -> tuple[list, list]:
-    """Cosines of two halves: of one turn, and of turns of the two characters of a conversation."""
+def half_pairs(talks: list, processed: bool = True) -> tuple[list, list]:
+    """Cosines of two halves: of one turn, and of turns of two characters of a conversation; processed: also after the vocoder and after an uneven pace."""
     import conversation_metrics as metrics
     import numpy as np
+    from corruptions import uneven_pace, vocoded
     from turn_taking import speech_segments
     x, y = [], []
-    for talk in talks:
+    for number, talk in enumerate(talks):
         long = [t for t in talk.turns if t.seconds > 2 * metrics.HALF + 0.4]
         for a, b in zip(long, long[1:]):
-            na, nb = len(a.audio) // 2, len(b.audio) // 2
-            for sound, same in ((a.audio, True), (np.concatenate([a.audio[:na], b.audio[nb:]]), False)):
-                if not same and a.speaker == b.speaker:
-                    continue
-                cosine = metrics.halves(sound, speech_segments(sound, 24000))
-                if cosine is not None:
-                    x.append([cosine])
-                    y.append(same)
+            sounds = [(a.audio, True)]
+            if a.speaker != b.speaker:
+                sounds.append((np.concatenate([a.audio[:len(a.audio) // 2], b.audio[len(b.audio) // 2:]]), False))
+            for sound, same in sounds:
+                one = talk.with_turns([Turn(a.speaker, a.text, sound)])
+                change = (vocoded, uneven_pace)[len(x) % 2] if processed else None
+                made = [sound] + ([change(one, np.random.default_rng(number)).turns[0].audio] if change else [])
+                cosines = [metrics.halves(s, speech_segments(s, 24000)) for s in made]
+                x += [[c] for c in cosines if c is not None]
+                y += [same for c in cosines if c is not None]
     return x, y
 
 
@@ -225,7 +230,7 @@ def fit(data, count: int, how: Listening, seed: int = 0) -> dict:
     mood["test"] = {"turns": len(y), "accuracy": float(np.mean([a == b for a, b in zip(guesses, y)])), "balanced_accuracy": float(np.mean(list(per_class.values()))),
                     "chance": 1 / len(per_class), "majority": float(max(map(y.count, set(y))) / len(y)), "per_mood": per_class}
     person["test"] = _right(person, *person_pairs(test, tested))
-    halves["test"] = _right(halves, *half_pairs(test))
+    halves["test"] = _right(halves, *half_pairs(test, False))
     return {"note": "Written by `python evaluation_framework.py fit`: logistic regressions over measured speech; see conversation_metrics.py.",
             "data": {"folder": Path(data).as_posix(), "split": "train", "conversations": len(train), "licence": "fitted on synthetic speech of this project's own collection "
                      "(texts MIT; voices hibari-tts and Kokoro-82M, Apache-2.0); the numbers are under this project's MIT licence"}, "mood": mood, "person": person, "halves": halves}

@@ -73,7 +73,13 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
+    "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
+    "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
+        ("--count 1 --jobs 1 --again 0 --max_seconds 1", ""),
+    "python evaluation_framework.py pronunciation": ("--voices 0 --judge_voices 1", ""),
+    "python evaluation_framework.py fit": "tests/test_evaluation_framework.py: the house has too little data",
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
