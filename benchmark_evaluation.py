@@ -36,7 +36,7 @@ def bench_evaluation(args) -> tuple[dict, str]:
     talks = validity.natural_talks(args.data, args.split, args.spoiled, args.seed)
     valid = validity.validate(talks, validity.Listening(args.cache, turns=2, jobs=args.jobs), models, kinds, args.seed)
     validity.draw_matrix(valid, Path(args.save) / "validity.png")
-    asked = argparse.Namespace(**vars(args) | {"conversations": args.data, "count": args.spoken, "again": 3})
+    asked = argparse.Namespace(**vars(args) | {"conversations": args.data, "count": args.spoken, "again": 3, "beside": 0})
     made, sounds = evaluate(asked, models)
     write_page(made, sounds, args.save, "python benchmark.py evaluation", runtime.run_manifest(), 3)
     said = pronunciation_tests(argparse.Namespace(**vars(args) | {"judge_voices": 2})) if args.voices else None

@@ -145,8 +145,8 @@ def mood_evidence(talk: Dialogue, measured: list[dict], models: dict) -> list[di
 def mood_score(talk: Dialogue, measured: list[dict], models: dict, seed: int = 0) -> dict:
     """Emotional coherence: share of the other orders of each speaker's turns in which the heard moods fit the moods asked for worse (ties count half).
 
-    0.5 is chance. parts: agreement (mean log odds of the mood asked for), accuracy (the likeliest mood is the one asked for), follows
-    (the same share for the heard moods as a sequence, against the transitions of written dialogues), turns.
+    0.5 is chance. parts: agreement (mean log odds of the mood asked for), accuracy (share of turns whose likeliest mood is the one asked for), turns.
+    Without moods asked for there is no score: guessed from the words, too few conversations can be told from exchanged ones (see LOG.md).
     """
     odds = mood_evidence(talk, measured, models)
     usable = {s: [i for i in talk.of(s) if odds[i] is not None and talk.turns[i].mood in models["mood"]["classes"]] for s in talk.speakers}

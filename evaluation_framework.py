@@ -39,6 +39,8 @@ def build_parser() -> config.Parser:
             part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="default test")
             part.add_argument("--listen", type=int, default=2, help="turns of each conversation whose words and naturalness are judged; 0: all; default 2")
             part.add_argument("--kinds", default="", help="corruptions, with commas between; default all")
+            part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings of one voice, in place of --data")
+            part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text`, plain or .gz; default NAME.txt beside each")
         if name in ("run", "pronunciation"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec")
@@ -47,6 +49,7 @@ def build_parser() -> config.Parser:
         if name == "run":
             part.add_argument("--conversations", default="data/synthetic", help="a JSON file of demo.py's batch mode, or a folder of collect_data.py; default data/synthetic")
             part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="of such a folder; default test")
+            part.add_argument("--beside", type=int, default=30, help="of these, conversations that stand beside the model's as natural speech, codec and source TTS; 0: all; default 30")
             part.add_argument("--again", type=int, default=5, help="conversations that a second ASR hears as well; default 5")
             part.add_argument("--hear", type=int, default=5, help="conversations whose sound stands on the page; default 5")
         if name == "pronunciation":
@@ -64,7 +67,11 @@ def validate(args, words: list[str]) -> dict:
     wrong = [kind for kind in kinds if kind not in corruptions.CORRUPTIONS]
     if wrong:
         raise ValueError(f"unknown corruption {wrong[0]!r}: use --kinds with {', '.join(corruptions.CORRUPTIONS)}")
-    talks = validity.natural_talks(args.data, args.split, args.count, args.seed)
+    if args.recordings:
+        from benchmark_codec import recordings
+        talks = validity.recorded_talks(recordings(args.recordings, args.transcripts, 6 * (args.count or 1000), args.seed))
+    else:
+        talks = validity.natural_talks(args.data, args.split, args.count, args.seed)
     result = validity.validate(talks, validity.Listening(args.cache, turns=args.listen, jobs=args.jobs), prosody.load_models(), kinds, args.seed)
     validity.draw_matrix(result, Path(args.output) / "validity.png")
     print(validity.matrix_text(result))
@@ -131,6 +138,8 @@ def act(args, words: list[str]) -> int:
     from measuring import rounded
     if getattr(args, "count", 0) < 0:
         raise ValueError(f"--count {args.count} counts conversations: use 0 for all of them")
+    if min(getattr(args, name, 0) for name in ("beside", "again", "hear", "voices")) < 0:
+        raise ValueError("--beside, --again, --hear and --voices count: use 0 or more")
     if hasattr(args, "jobs"):
         args.jobs = args.jobs or runtime.cpu_count()
     runtime.set_seed(args.seed)

@@ -210,7 +210,8 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     talks: dict[str, list] = {}
     if "model" in wanted:
         talks["model"] = [model_talk(speaker, plan, how.folder) for plan in tqdm(plans, desc="speaking", unit="conversation", file=sys.stderr)]
-    known = natural if natural is not None else talks["model"]
+    natural = None if natural is None else natural[:args.beside or None]
+    known = natural if natural is not None else talks["model"][:args.beside or None]
     characters = characters_of(args.conversations) if natural is not None else {}
     if natural is not None:
         talks["natural"] = natural
@@ -220,7 +221,7 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
         talks["codec"] = [codec_talk(speaker, talk, how.folder) for talk in tqdm(natural, desc="codec", unit="conversation", file=sys.stderr)]
     talks = {c: talks[c] for c in CONDITIONS if c in talks}
     scored = {c: _condition(part, how, models, args.again) for c, part in talks.items()}
-    result = {"conversations": len(plans), "turns": sum(len(p.turns) for p in plans), "weights": speaker.name(), "conditions": {c: s[0] for c, s in scored.items()},
+    result = {"conversations": len(plans), "turns": sum(len(p.turns) for p in plans), "weights": speaker.name(), "beside": len(known), "conditions": {c: s[0] for c, s in scored.items()},
               "per_conversation": {c: s[1] for c, s in scored.items()}}
     return result, talks
 

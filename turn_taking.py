@@ -165,3 +165,26 @@ def silence_endpointer(audio: np.ndarray, rate: int, silence: float = 0.5) -> li
     units = speech_segments(audio, rate, gap=FRAME)
     ends = [(b, units[i + 1][0] if i + 1 < len(units) else len(audio) / rate + silence) for i, (_, b) in enumerate(units)]
     return [b + silence for b, following in ends if following - b >= silence]
+
+
+def endpointers(channels: list[tuple[np.ndarray, list[tuple[float, float]]]], rate: int, waits: tuple = (0.2, 0.5, 0.8)) -> dict[str, dict]:
+    """What simple listeners reach (match_ends, all channels counted together), and the bounds that a metric of endpointing must show.
+
+    channels: (audio (N,) of one speaker with silence where the other speaks, its turns [(t0, t1), ...]). `oracle` knows the ends,
+    `never` is silent, `always` decides every 0.1 s, the others wait for so much silence.
+    """
+    deciders = {"oracle": lambda audio, turns: [b for _, b in turns], "never": lambda audio, turns: [], "always": lambda audio, turns: np.arange(0, len(audio) / rate, 0.1).tolist()}
+    deciders |= {f"{wait:g} s of silence": (lambda audio, turns, wait=wait: silence_endpointer(audio, rate, wait)) for wait in waits}
+    found = {}
+    for name, decide in deciders.items():
+        fired, ends, holds, nexts, shift = [], [], [], [], 0.0
+        for audio, turns in channels:
+            units = speech_segments(audio, rate)
+            pauses = [(a[1], b[0]) for a, b in zip(units, units[1:]) if any(t0 <= a[1] and b[0] <= t1 for t0, t1 in turns)]
+            fired += [t + shift for t in decide(audio, turns)]
+            ends += [b + shift for _, b in turns]
+            nexts += [a + shift for a, _ in turns[1:]] + [len(audio) / rate + shift + AFTER]
+            holds += [(a + shift, b + shift) for a, b in pauses]
+            shift += len(audio) / rate + 2 * AFTER
+        found[name] = match_ends(fired, ends, holds, nexts)
+    return found

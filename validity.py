@@ -43,6 +43,15 @@ def natural_talks(data, split: str, count: int, seed: int = 0, offset: int = 0) 
     return [from_supervisions(name, found[name], data) for name in (names[:count] if count else names)]
 
 
+def recorded_talks(pairs: list[tuple], turns: int = 6) -> list[Dialogue]:
+    """Recordings [(text, audio (N,)), ...] of one voice as conversations with itself, `turns` in each: what words, sound, voice and prosody can be tested on."""
+    from dialogue import placed
+    rows = [pairs[i:i + turns] for i in range(0, len(pairs) - turns + 1, turns)]
+    if not rows:
+        raise ValueError(f"{len(pairs)} fitting recordings, {turns} are needed: check --recordings and --transcripts")
+    return [placed(Dialogue(f"recorded-{k:03d}", tuple(Turn("recorded", text, audio) for text, audio in row))) for k, row in enumerate(rows)]
+
+
 @functools.lru_cache(maxsize=512)
 def natural_rendering(text: str):
     """The text in the source TTS's own voice, without mood or context, as a prosody.Line; None for what it cannot say."""
@@ -178,8 +187,8 @@ def person_pairs(talks: list, measured: list) -> tuple[list, list]:
     return x, y
 
 
-def half_pairs(talks: list, processed: bool = True) -> tuple[list, list]:
-    """Cosines of two halves: of one turn, and of turns of two characters of a conversation; processed: also after the vocoder and after an uneven pace."""
+def half_pairs(talks: list, processed: bool = True, most: int = 3) -> tuple[list, list]:
+    """Cosines of two halves: of one turn, and of turns of two characters of a conversation (`most` of each); processed: also after the vocoder and after an uneven pace."""
     import conversation_metrics as metrics
     import numpy as np
     from corruptions import uneven_pace, vocoded
@@ -187,7 +196,7 @@ def half_pairs(talks: list, processed: bool = True) -> tuple[list, list]:
     x, y = [], []
     for number, talk in enumerate(talks):
         long = [t for t in talk.turns if t.seconds > 2 * metrics.HALF + 0.4]
-        for a, b in zip(long, long[1:]):
+        for a, b in list(zip(long, long[1:]))[:most]:
             sounds = [(a.audio, True)]
             if a.speaker != b.speaker:
                 sounds.append((np.concatenate([a.audio[:len(a.audio) // 2], b.audio[len(b.audio) // 2:]]), False))
@@ -268,7 +277,26 @@ def validate(talks: list, how: Listening, models: dict, kinds=None, seed: int = 
     natural = rows.pop(None)
     matrix = {name: {kind: auc_interval([r[name]["score"] for r in natural], [r[name]["score"] for r in part]) for kind, part in rows.items()} for name in metrics.SCORES}
     spoiled = {kind: metrics.summary(part) for kind, part in rows.items()}
-    return {"conversations": len(talks), "natural": metrics.summary(natural), "spoiled": spoiled, "matrix": matrix, "verdicts": verdicts(matrix)}
+    return {"conversations": len(talks), "natural": metrics.summary(natural), "spoiled": spoiled, "matrix": matrix, "verdicts": verdicts(matrix), "endpointing": endpointing(talks)}
+
+
+def endpointing(talks: list) -> dict:
+    """Simple listeners on each speaker's channel of the conversations (see turn_taking.endpointers)."""
+    import numpy as np
+    from dialogue import RATE, placed
+    from turn_taking import endpointers, speech_segments
+    channels = []
+    for talk in map(placed, talks):
+        for speaker in talk.speakers:
+            turns = [talk.turns[i] for i in talk.of(speaker)]
+            audio = np.zeros(int((max(t.start + t.seconds for t in talk.turns) + 3.0) * RATE), np.float32)
+            spans = []
+            for t in turns:
+                place, units = int(t.start * RATE), speech_segments(t.audio, RATE)
+                audio[place:place + len(t.audio)] += t.audio
+                spans += [(t.start + units[0][0], t.start + units[-1][1])] if units else []
+            channels.append((audio, spans))
+    return endpointers(channels, RATE)
 
 
 def verdicts(matrix: dict) -> dict:
@@ -295,7 +323,9 @@ def matrix_text(result: dict) -> str:
         return f"({text})" if kind in TOUCHED[name] else text
     rows = [[kind, *(cell(name, kind) for name in names)] for kind in kinds]
     verdict = [[name, show(v["own"]), {True: "yes", False: "**no**", None: "-"}[v["valid"]], ", ".join(v["strays"]) or "none"] for name, v in result["verdicts"].items()]
-    return (table(["natural against", *names], rows) + "\n\n" + table(["score", "least AUC on its own", f"valid ({GOOD:g})", f"moves where it should not (over {STILL:g})"], verdict))
+    ends = [[name, show(e["recall"], 2, True), show(e["false_positive_rate"], 2, True), show(e["latency_ms"]["p50"], 0)] for name, e in result["endpointing"].items()]
+    return (table(["natural against", *names], rows) + "\n\n" + table(["score", "least AUC on its own", f"valid ({GOOD:g})", f"moves where it should not (over {STILL:g})"], verdict)
+            + "\n\nDecisions that a turn has ended, by TurnBench's rules, of listeners whose place is known:\n\n" + table(["listener", "recall", "false in pauses", "latency, ms"], ends))
 
 
 def draw_matrix(result: dict, path) -> None:

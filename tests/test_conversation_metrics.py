@@ -90,6 +90,15 @@ def test_the_silence_endpointer_waits_as_long_as_it_says():
     assert np.allclose(timing.silence_endpointer(audio, RATE, 0.2), [1.2, 2.0], atol=0.05)
 
 
+def test_listeners_whose_place_is_known():
+    """A turn with a pause of 0.4 s: a short wait is fast and falls for the pause, a long one is slow and does not."""
+    audio = np.concatenate([tone(1.0), quiet(0.4), tone(0.6), quiet(2.0), tone(1.0), quiet(2.0)])
+    found = timing.endpointers([(audio, [(0.0, 2.0), (4.0, 5.0)])] * 2, RATE)
+    assert [found[k]["recall"] for k in ("oracle", "never", "always", "0.2 s of silence", "0.8 s of silence")] == [1, 0, 1, 1, 1]
+    assert [found[k]["false_positive_rate"] for k in ("oracle", "never", "always", "0.2 s of silence", "0.8 s of silence")] == [0, 0, 1, 1, 0]
+    assert abs(found["0.8 s of silence"]["latency_ms"]["p50"] - 800) < 40 and found["oracle"]["ends"] == 4 and found["oracle"]["holds"] == 2
+
+
 def test_floor_statistics_of_a_minute():
     found = timing.floor_statistics({"a": [(0.0, 10.0), (12.0, 20.0)], "b": [(19.0, 30.0), (31.0, 40.0)], "c": [(45.0, 50.0)]}, 60.0)
     assert found["pause"] == {"per_minute": 2, "seconds_per_minute": 3.0}

@@ -140,6 +140,19 @@ def test_validate_separates_gaps_in_flow_and_nothing_else(quick, tmp_path):
     assert (tmp_path / "pictures/validity.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_recordings_of_one_voice_become_conversations(quick, tmp_path, monkeypatch):
+    import benchmark_codec
+    talks = validity.recorded_talks([(f"text {i}", voice(i)) for i in range(13)])
+    assert [len(t.turns) for t in talks] == [6, 6] and talks[0].timed and talks[1].turns[0].text == "text 6"
+    with pytest.raises(ValueError, match="--recordings"):
+        validity.recorded_talks([("a", voice(0))])
+    monkeypatch.setattr(benchmark_codec, "recordings", lambda folder, transcripts, count, seed: [(f"text {i}", voice(i)) for i in range(6)])
+    words = ["validate", "--recordings", "somewhere", "--kinds", "flat pitch", "--jobs", "1", "--cache", str(tmp_path / "c"), "--output", str(tmp_path / "o")]
+    assert evaluation_framework.main(words) == 0
+    result = json.loads((tmp_path / "o/results.json").read_text())
+    assert result["natural"]["prosody"]["mean"] is not None and result["natural"]["character"]["n"] == 1 and (tmp_path / "o/validity.png").exists()
+
+
 def test_a_fit_finds_what_was_put_in():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 2))
@@ -220,7 +233,7 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     monkeypatch.setattr(validity, "natural_talks", lambda *a: [make_talk(0), make_talk(1)])
-    words = ["run", "--conversations", str(data), "--cache", str(tmp_path / "cache"), "--output", str(out), "--jobs", "1", "--hear", "1", "--again", "1"]
+    words = ["run", "--conversations", str(data), "--cache", str(tmp_path / "cache"), "--output", str(out), "--jobs", "1", "--hear", "2", "--again", "1", "--beside", "1"]
     assert evaluation_framework.main(words) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     result = json.loads((out / "results.json").read_text())
@@ -230,7 +243,7 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     assert model["offsets"]["median_s"] == pytest.approx(0.05, abs=0.03)
     assert len(result["per_conversation"]["model"]) == 2 and result["turns"] == 8 and model["wer_again"]["n"] == 4
     page = (out / "page.html").read_text()
-    assert page.count("<audio") == 4 and all((out / "audio" / f"{c}_000.ogg").stat().st_size > 1000 for c in result["conditions"])
+    assert page.count("<audio") == 5 and result["beside"] == 1 and len(result["per_conversation"]["natural"]) == 1 and all((out / "audio" / f"{c}_000.ogg").stat().st_size > 1000 for c in result["conditions"])
     assert "pipeline: source TTS" in page and "data:image/png" in page and "nan" not in re.sub("base64,[^\"]+", "", page).lower()
 
 
@@ -253,7 +266,7 @@ def test_ends_that_are_faults():
 
 @pytest.mark.parametrize("words, message", [
     (["run", "--conversations", "nowhere"], "--conversations"), (["validate", "--data", "nowhere"], "nowhere"), (["validate", "--kinds", "nonsense"], "unknown corruption 'nonsense'"),
-    (["validate", "--count", "-1"], "--count"), (["run", "--checkpoint", "nowhere"], "nowhere"), (["fit", "--data", "nowhere"], "nowhere")])
+    (["validate", "--count", "-1"], "--count"), (["run", "--beside", "-1"], "--beside"), (["run", "--checkpoint", "nowhere"], "nowhere"), (["fit", "--data", "nowhere"], "nowhere")])
 def test_what_a_user_can_mend_is_one_line(words, message, capsys, tmp_path):
     if words[0] == "run" and "--checkpoint" in words:
         file = tmp_path / "in.json"
