@@ -6,6 +6,7 @@
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
+    python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_evaluation
 import benchmark_fast
 import benchmark_latency
 import benchmark_model
@@ -407,6 +409,7 @@ PARTS = {
     "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
+    "evaluation": Part("Conversations", benchmark_evaluation.bench_evaluation, MODEL, 0, benchmark_evaluation.add_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),

@@ -26,8 +26,8 @@ FREE_GB = 3.0                     # less than this and the installation would no
 # These ask for packages that are obsolete or do not load beside a CPU-only torch, and run without them.
 NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
 # pyworld (the pitch judge) and pesq need a C++ compiler where there is no wheel; sounddevice plays and records; pesq and pystoi
-# compare a codec with its input.
-OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1")
+# compare a codec with its input; pocketsphinx is the second ASR and hears pronunciations.
+OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1", "pocketsphinx==5.1.1")
 # transformers holds the reference CSM that the tests compare ours with; openai is the client that the server is tested with, schemathesis and
 # hypothesis send it what no client would; playwright drives a Chromium that is installed already.
 DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17", "playwright==1.65.2")

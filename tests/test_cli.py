@@ -81,7 +81,13 @@ COMMANDS = {
     "python watermark.py embed my_voice.wav --output outputs/marked.wav": ("", ""),
     "python watermark.py detect outputs/marked.wav": ("", ""),
     "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
+    "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
+    "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
+    "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
+        ("--count 1 --jobs 1 --again 0 --max_seconds 1", ""),
+    "python evaluation_framework.py pronunciation": ("--voices 0 --judge_voices 1", ""),
+    "python evaluation_framework.py fit": "tests/test_evaluation_framework.py: the house has too little data",
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
