@@ -43,7 +43,6 @@ CORPORA = {
     "earnings22": Corpus(119, None, "CC BY-SA 4.0", None, "earnings calls, many accents"),
     "ears": Corpus(100, 107, "CC BY-NC 4.0", None, "anechoic, many speaking styles, some free speech"),
     "edacc": Corpus(40, None, "CC BY-SA 4.0", None, "video calls between friends, many accents"),
-    "emilia": Corpus(101000, None, "CC BY-NC 4.0", None, "talk from the internet"),
     "fisher_english": Corpus(1960, 11971, "LDC", None, "telephone calls between strangers, two channels"),
     "gigaspeech": Corpus(10000, None, "by agreement with its publishers", None, "audio books, podcasts, videos"),
     "hifitts": Corpus(292, 10, "CC BY 4.0", 41, "audio books"),

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from lower ranks; siblings never import each other.
 RANKS = {"config": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1,
-         "layers": 2, "parallel": 2, "optimisers": 2, "judges": 2, "corpora": 2,
+         "layers": 2, "parallel": 2, "optimisers": 2, "judges": 2, "corpora": 2, "shards": 2,
          "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "csm_weights": 3, "segmentation": 3, "filters": 3,
          "architecture": 4, "record_script": 4, "data_plan": 4,
-         "checkpoint": 5, "synthetic_conversations": 5, "people": 5, "data_report": 5, "shards": 5,
+         "checkpoint": 5, "synthetic_conversations": 5, "people": 5, "data_report": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "lora": 6,
          "measuring": 7, "recordings": 7, "codec_data": 7, "demo": 7, "report": 7, "draw_codes": 7,
          "train": 8, "train_codec": 8,
