@@ -257,7 +257,8 @@ def draw(turns: list[tuple[dict, str | None]], cfg: FilterConfig, path: Path) ->
             if limit and getattr(cfg, limit) > 0 and bins[0] <= getattr(cfg, limit) <= bins[-1]:
                 axis.axvline(getattr(cfg, limit), color="black", linestyle="--", linewidth=1)
         axis.set_title(NAMES[name], fontsize=10)
-    axes.flat[0].legend(fontsize=8)
+    if measured:
+        axes.flat[0].legend(fontsize=8)
     tally, axis = count(turns), axes.flat[len(measured)]
     axis.barh(list(tally)[::-1], list(tally.values())[::-1], color=["#d8663b"] * (len(tally) - 1) + ["#3b7dd8"])
     axis.set_title("turns", fontsize=10)

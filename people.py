@@ -270,7 +270,7 @@ def recording_turns(job: Job, options: Options, notes: list[str]) -> list[Cut]:
         return [Cut(Turn(0.0, sound.shape[1] / rate, job.id, text=segments), audio_io.resample(sound.mean(axis=0), rate, audio_io.SAMPLE_RATE), 0.0)]
     if segments is None:
         turns, facts = segmentation.conversation(sound, rate, options.segmentation)
-        notes.append(f"{path.name}: by {facts['how']}, {facts['speakers']} speakers" + (f", {facts['leaks']} leaks" if facts["leaks"] else ""))
+        notes.append(f"{path.name}: by {facts['how']}, {facts['speakers']} speakers" + (f", {facts['leak_seconds']:.1f} s of leaks" if facts["leak_seconds"] > 1 else ""))
         edges = job.begin > 0, job.end is not None                         # a turn that crosses a block's edge is in neither block whole
         turns = [t for t in turns if not (edges[0] and t.start < 0.05) and not (edges[1] and t.end > wanted - 0.05)]
     else:

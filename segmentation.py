@@ -37,10 +37,11 @@ class SegmentationConfig:
     max_pause: float = 1.0          # a speaker's utterances with a longer pause, or with another's between them, are two turns
     max_turn: float = 30.0          # a longer turn is cut at its longest pause
     channels: str = "auto"          # auto | split (a voice per channel) | mix (diarise the sum)
-    leak_db: float = 12.0           # a channel so much below another that sounds alike hears a leak
+    leak_margin_db: float = 6.0     # above the level at which the others are heard in a channel, it is its own voice; 0: no leak is looked for
     speakers: int = 0               # voices in a one-channel recording; 0: as many as there are
     max_speakers: int = 8
-    voice_distance: float = 0.12    # cosine distance from which two means of windows are two voices
+    voice_distance: float = 0.10    # cosine distance from which the means of many windows are two voices
+    few_utterances: float = 0.09    # what is asked for on top where they are of few utterances
     switch_cost: float = 0.05       # of a change of voice, in cosine; higher: fewer changes
 
     def __post_init__(self):
@@ -128,10 +129,10 @@ def tightened(span: Span, level: np.ndarray, below: float = 30.0) -> Span:
     return Span((wide[0] + loud[0]) * FRAME, (wide[0] + loud[-1] + 1) * FRAME)
 
 
-def find_speech(audio: np.ndarray, cfg: SegmentationConfig) -> list[Span]:
+def find_speech(audio: np.ndarray, cfg: SegmentationConfig, probability: np.ndarray | None = None) -> list[Span]:
     """Utterances of a 16 kHz channel (N,), their edges on 10 ms."""
     level = envelope_db(audio)
-    spans = [tightened(s, level) for s in spans_of(speech_probability(audio), cfg)]
+    spans = [tightened(s, level) for s in spans_of(speech_probability(audio) if probability is None else probability, cfg)]
     for k in range(1, len(spans)):                                         # tightening may have made neighbours touch
         spans[k] = Span(max(spans[k].start, spans[k - 1].end), max(spans[k].end, spans[k - 1].end))
     return [s for s in spans if s.end > s.start]
@@ -145,6 +146,8 @@ def voices_per_channel(sound: np.ndarray) -> bool:
     An array of microphones or a stereo mix rises and falls in all channels at once.
     """
     levels = np.stack([envelope_db(c) for c in sound])
+    if levels.shape[1] < 50:
+        return False
     alive = levels[levels.max(axis=1) > -70]
     if len(alive) < 2:
         return False
@@ -156,27 +159,29 @@ def voices_per_channel(sound: np.ndarray) -> bool:
     return float(np.median(together[np.triu_indices(len(alive), 1)])) < 0.6
 
 
-def without_leaks(spans: list[list[Span]], sound: np.ndarray, cfg: SegmentationConfig) -> tuple[list[list[Span]], int]:
-    """The spans of each channel (C, N) less those in which it only hears another one's voice from afar; how many those were.
+def own_voice(probability: list[np.ndarray], sound: np.ndarray, cfg: SegmentationConfig) -> list[np.ndarray]:
+    """Probabilities of speech (T,) of each channel (C, N), zero where it only hears another channel's voice from afar.
 
-    A leak is leak_db below the other channel while that one speaks, and its level follows the other's.
+    While another one speaks, a channel is at its quietest, relative to it, when its own speaker is silent: that is the level of the leak.
     """
-    levels, kept, leaks = [envelope_db(c) for c in sound], [], 0
-    for c, mine in enumerate(spans):
-        kept.append([])
-        for span in mine:
-            part = slice(int(span.start / FRAME), max(int(span.start / FRAME) + 2, int(span.end / FRAME)))
-            others = [d for d in range(len(sound)) if d != c and len(levels[d][part]) > 1
-                      and levels[d][part].mean() > levels[c][part].mean() + cfg.leak_db]
-            if any(_go_together(levels[c][part], levels[d][part]) for d in others):
-                leaks += 1
-            else:
-                kept[-1].append(span)
-    return kept, leaks
-
-
-def _go_together(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.std() > 1e-6 and b.std() > 1e-6 and float(np.corrcoef(a, b)[0, 1]) > 0.6
+    if not cfg.leak_margin_db or len(sound) < 2:
+        return probability
+    smooth = np.ones(15) / 15                                              # 0.15 s
+    frames = len(probability[0])
+    power = [np.convolve(10 ** (envelope_db(c) / 10), smooth, "same") for c in sound]
+    at = np.minimum((np.arange(frames) * CHUNK / RATE / FRAME).astype(int) + 1, len(power[0]) - 1)
+    level = [10 * np.log10(np.maximum(p[at], 1e-12)) for p in power]
+    cleaned = []
+    for c, mine in enumerate(probability):
+        own = np.ones(frames, bool)
+        for d, theirs in enumerate(probability):
+            speaking = theirs > cfg.vad_threshold
+            if d != c and speaking.sum() > 10:
+                below = level[c] - level[d]
+                leak = float(np.percentile(below[speaking], 20))
+                own &= ~speaking | (below > min(leak + cfg.leak_margin_db, -3.0))
+        cleaned.append(np.where(own, mine, 0.0))
+    return cleaned
 
 
 # ----------------------------------------------------------------------------- voices of one channel
@@ -206,21 +211,27 @@ def window_embeddings(audio: np.ndarray, spans: list[Span]) -> tuple[np.ndarray,
     return np.concatenate(rows), np.array(middles), np.array(owners)
 
 
-def cluster_voices(embeddings: np.ndarray, cfg: SegmentationConfig) -> np.ndarray:
-    """(W, 256) -> the voices' mean embeddings (S, 256), most heard first.
+def cluster_voices(embeddings: np.ndarray, owners: np.ndarray, cfg: SegmentationConfig) -> np.ndarray:
+    """(W, 256) and the utterance of each (W,) -> the voices' mean embeddings (S, 256), most heard first.
 
-    Ward's clusters, each window then given to the nearest mean. As many voices as keep all means voice_distance apart: the halves of
-    one voice are nearer than that (measured on prompts of five people: at most 0.10 within a voice, at least 0.15 between two).
+    Ward's clusters, each window then given to the nearest mean. As many voices as leave all means apart: two means of one voice are
+    the nearer the more utterances they are of, so the distance asked for is voice_distance + few_utterances (1 / n + 1 / m).
     """
     if len(embeddings) < 2:
         return embeddings[:1]
-    some = embeddings[np.linspace(0, len(embeddings) - 1, min(len(embeddings), MOST_WINDOWS)).astype(int)]
+    some = np.linspace(0, len(embeddings) - 1, min(len(embeddings), MOST_WINDOWS)).astype(int)
+    embeddings, owners = embeddings[some], owners[some]
     if cfg.speakers:
-        return _means(some, min(cfg.speakers, len(some)))
-    voices = _means(some, 1)
+        return _means(embeddings, min(cfg.speakers, len(some)))
+    voices = _means(embeddings, 1)
     for count in range(2, min(cfg.max_speakers, len(some)) + 1):
-        means = _means(some, count)
-        if len(means) < count or (means @ means.T)[np.triu_indices(count, 1)].max() > 1 - cfg.voice_distance:
+        means = _means(embeddings, count)
+        labels = (embeddings @ means.T).argmax(axis=1)
+        sizes = np.array([len(np.unique(owners[labels == c])) for c in range(len(means))])
+        if len(means) < count or not sizes.all():
+            break
+        wanted = cfg.voice_distance + cfg.few_utterances * (1 / sizes[:, None] + 1 / sizes)
+        if (1 - means @ means.T < wanted)[np.triu_indices(count, 1)].any():
             break
         voices = means
     return voices
@@ -259,7 +270,7 @@ def diarise(audio: np.ndarray, spans: list[Span], cfg: SegmentationConfig) -> li
     embeddings, middles, owners = window_embeddings(audio, spans)
     if not len(embeddings):
         return []
-    voices = cluster_voices(embeddings, cfg)
+    voices = cluster_voices(embeddings, owners, cfg)
     scores, found = embeddings @ voices.T, []
     for k, span in enumerate(spans):
         mine = np.flatnonzero(owners == k)
@@ -305,19 +316,23 @@ def shortened(turn: Turn, longest: float) -> list[Turn]:
 
 
 def conversation(sound: np.ndarray, rate: int, cfg: SegmentationConfig) -> tuple[list[Turn], dict]:
-    """The turns of a recording (C, N), and how they were found: {how, speakers, leaks, speech_seconds}."""
+    """The turns of a recording (C, N), and how they were found: {how, speakers, leak_seconds, speech_seconds}."""
     low = np.stack([resample(c, rate, RATE) for c in sound])
     split = cfg.channels == "split" or (cfg.channels == "auto" and len(low) > 1 and voices_per_channel(low))
-    leaks = 0
+    if low.shape[1] < CHUNK:
+        return [], {"how": "voices", "speakers": 0, "leak_seconds": 0.0, "speech_seconds": 0.0}
+    leaked = 0.0
     if split:
-        found, leaks = without_leaks([find_speech(c, cfg) for c in low], low, cfg)
-        spans = [(span, f"s{c}", c) for c, mine in enumerate(found) for span in mine]
+        heard = [speech_probability(c) for c in low]
+        own = own_voice(heard, low, cfg)
+        leaked = sum(float((a > cfg.vad_threshold).sum() - (b > cfg.vad_threshold).sum()) for a, b in zip(heard, own)) * CHUNK / RATE
+        spans = [(span, f"s{c}", c) for c in range(len(low)) for span in find_speech(low[c], cfg, own[c])]
     else:
         mixed = low.mean(axis=0)
         spans = [(span, f"s{label}", -1) for span, label in diarise(mixed, find_speech(mixed, cfg), cfg)]
     turns = build_turns(spans, cfg)
-    return turns, {"how": "channels" if split else "voices", "speakers": len({t.speaker for t in turns}), "leaks": leaks,
-                   "speech_seconds": round(sum(s.end - s.start for s, _, _ in spans), 3)}
+    return turns, {"how": "channels" if split else "voices", "speakers": len({t.speaker for t in turns}), "leak_seconds": round(leaked, 2),
+                   "speech_seconds": round(float(sum(s.end - s.start for s, _, _ in spans)), 3)}
 
 
 # ----------------------------------------------------------------------------- words
