@@ -55,6 +55,82 @@ def _read_g722(path: Path) -> tuple[np.ndarray, int]:
     return np.concatenate(frames or [np.zeros(0, np.int16)]).astype(np.float32)[:, None] / 32768, 16000
 
 
+SUBTYPES = {"PCM_U8": "8 bit", "PCM_S8": "8 bit", "ULAW": "8 bit", "ALAW": "8 bit"}
+CONTENTS = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "MPEG": ".mp3", "MP3": ".mp3", "OGG": ".ogg", "AIFF": ".aiff", "RF64": ".wav", "W64": ".w64"}
+
+
+def inspect_audio(path) -> tuple[float, int, int, list[str]]:
+    """(seconds, rate, channels, notes) from the header; notes name what is unusual: 8 bit, above 48 kHz, more than two channels, a wrong name.
+
+    Raises ValueError (one line) for a file that is empty or not audio. What soundfile does not know (M4A, AAC, WebM) PyAV may.
+    """
+    import soundfile
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no audio file {path}: check the path")
+    if not path.stat().st_size:
+        raise ValueError("empty file")
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):
+        sound, rate = _read_av(path)
+        info = None
+    frames, rate, channels = (info.frames, info.samplerate, info.channels) if info else (sound.shape[1], rate, sound.shape[0])
+    if not frames:
+        raise ValueError("no sound in it")
+    notes = [SUBTYPES[info.subtype]] if info and info.subtype in SUBTYPES else []
+    notes += [f"{rate / 1000:g} kHz"] if rate > 48000 or rate < 16000 else []
+    notes += [f"{channels} channels"] if channels > 2 else []
+    same = {".opus": ".ogg", ".oga": ".ogg", ".wave": ".wav", ".aif": ".aiff"}.get(path.suffix.lower(), path.suffix.lower())
+    if info and CONTENTS.get(info.format, same) != same:
+        notes.append(f"named {path.suffix or 'without an ending'}, holds {info.format}")
+    return frames / rate, rate, channels, notes
+
+
+def read_channels(path, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
+    """(channels, n) float32 of a part of a file at its own rate, and that rate. What a cut-off file still holds is read.
+
+    Raises ValueError (one line) for a file that is empty or not audio.
+    """
+    import soundfile
+    path = Path(path)
+    if path.suffix.lower() == ".g722":
+        sound, rate = _read_g722(path)
+        first = int(start * rate)
+        return sound.T[:, first:None if seconds is None else first + int(seconds * rate)], rate
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            rate = file.samplerate
+            file.seek(min(int(start * rate), file.frames))
+            sound = file.read(-1 if seconds is None else int(seconds * rate), dtype="float32", always_2d=True).T
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):
+        sound, rate = _read_av(path)
+        first = int(start * rate)
+        sound = sound[:, first:None if seconds is None else first + int(seconds * rate)]
+    return np.nan_to_num(sound), rate
+
+
+def _read_av(path: Path) -> tuple[np.ndarray, int]:
+    """(channels, n) float32 and rate by PyAV: other containers than soundfile reads."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("not a readable audio file") from None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise ValueError("no sound in it")
+            stream = container.streams.audio[0]
+            into = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+            frames = [out.to_ndarray() for frame in container.decode(stream) for out in into.resample(frame)]
+            rate = stream.rate
+    except (av.error.FFmpegError, OSError, IndexError, TypeError):
+        raise ValueError("not a readable audio file") from None
+    if not frames:
+        raise ValueError("no sound in it")
+    return np.concatenate(frames, axis=1).astype(np.float32), rate
+
+
 def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
     """Write mono audio (n,) in -1..1 as 16-bit WAV, FLAC or Ogg (by suffix), atomically."""
     import soundfile

@@ -6,9 +6,12 @@
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
+    python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
+    python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
     python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
+    python benchmark.py watermark     is the mark found, is it found where there is none, can it be heard?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -30,12 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_evaluation
 import benchmark_fast
+import benchmark_latency
 import benchmark_model
 import benchmark_personal
 import benchmark_serve
 import benchmark_tokens
 import benchmark_voice
+import benchmark_watermark
 import config
 from benchmark_codec import codec_body
 from benchmark_voice import load_talker, session_with_voices, voice_body, weights_name
@@ -358,6 +364,19 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_latency(args) -> tuple[dict, str]:
+    """The race: our model and its variants, transformers' CSM, the classic pipeline, other token orders; first sound, speed, memory, words."""
+    import demo
+    tools = {"load_talker": load_talker, "session_with_voices": session_with_voices, "weights_name": weights_name, "responder": demo.Responder,
+             "official": benchmark_model.official, "their_model": benchmark_model.their_model, "memory_mb": benchmark_model.memory_mb}
+    return benchmark_latency.bench_latency(args, tools)
+
+
+def bench_watermark(args) -> tuple[dict, str]:
+    """Marked speech through codecs, rates and noise: how often it is found, how often something else is, and whether it can be heard."""
+    return benchmark_watermark.bench_watermark(args, benchmark_codec.recordings)
+
+
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
     return benchmark_model.write_pictures(load_talker(args), args)
@@ -390,9 +409,12 @@ PARTS = {
     "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
+    "evaluation": Part("Conversations", benchmark_evaluation.bench_evaluation, MODEL, 0, benchmark_evaluation.add_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
+    "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
     "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 0, benchmark_serve.add_flags),
+    "watermark": Part("Watermark", bench_watermark, "data split codec", 100, benchmark_watermark.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
 

@@ -66,10 +66,9 @@ def make_batch(cfg, rows: int, positions: int, seed: int):
     return FrameBatch(frames, mask, turn, index, torch.full_like(turn, -1))
 
 
-def official(name: str) -> dict:
-    """transformers' config.json of a preset's geometry without our additions."""
+def official(cfg: config.ModelConfig) -> dict:
+    """transformers' config.json of a geometry without our additions."""
     import csm_weights
-    cfg = config.model_preset(name, **copy.deepcopy(config.OFF))
     return csm_weights.config_to_transformers(cfg) | {"codec_config": MIMI | {"num_quantizers": cfg.num_codebooks}}
 
 
@@ -78,9 +77,21 @@ def weights(spec: dict):
     import csm_weights
     import torch
     from architecture import CSM
-    model = CSM(csm_weights.config_from_transformers(official(spec["model_size"])))
+    model = CSM(csm_weights.config_from_transformers(official(config.model_preset(spec["model_size"], **copy.deepcopy(config.OFF)))))
     model.init_weights(torch.Generator().manual_seed(spec["seed"]))
     return model
+
+
+def their_model(own):
+    """transformers' model with the weights of a CSM of ours without additions. ValueError where it does not take them."""
+    import csm_weights
+    from transformers import CsmConfig, CsmForConditionalGeneration
+    theirs = CsmForConditionalGeneration(CsmConfig(**official(own.cfg)))
+    missing, surplus = theirs.load_state_dict(csm_weights.to_transformers(own.state_dict()), strict=False)
+    lost = [name for name in missing if not name.startswith(csm_weights.CODEC) and name not in csm_weights.TIED and "offsets" not in name]
+    if lost or surplus:
+        raise ValueError(f"transformers' model does not take our weights ({(lost + list(surplus))[0]}): install the version that setup_environment.py --dev installs")
+    return theirs
 
 
 # ----------------------------------------------------------------------------- the two sides
@@ -108,16 +119,10 @@ def their_step(spec: dict, device):
     """The same of transformers' model: the codes come from a stand-in for Mimi, labels name the same frames for the depth decoder."""
     from types import SimpleNamespace
 
-    import csm_weights
     import runtime
-    from transformers import CsmConfig, CsmForConditionalGeneration
     own = weights(spec)
     batch = make_batch(own.cfg, spec["rows"], spec["positions"], spec["seed"])
-    theirs = CsmForConditionalGeneration(CsmConfig(**official(spec["model_size"])))
-    missing, surplus = theirs.load_state_dict(csm_weights.to_transformers(own.state_dict()), strict=False)
-    lost = [name for name in missing if not name.startswith(csm_weights.CODEC) and name not in csm_weights.TIED and "offsets" not in name]
-    if lost or surplus:
-        raise ValueError(f"transformers' model does not take our weights ({(lost + list(surplus))[0]}): install the version of requirements.txt")
+    theirs = their_model(own)
     inputs, codes = their_inputs(own, batch, theirs.config, spec["seed"])
     del own
     theirs, codes = theirs.to(device).train(), codes.to(device)

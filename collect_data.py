@@ -1,7 +1,9 @@
 """Collect conversations with transcripts: audio and Lhotse manifests under one folder.
 
     python collect_data.py --target_hours 1                        # synthetic speech, from packages alone
-    python collect_data.py --source folder --input my_recordings   # your audio, a .txt beside each file
+    python collect_data.py --source folder --path my_recordings    # your audio, with or without transcripts
+    python collect_data.py --sources librispeech,daily_talk,ami --target_hours 100
+    python collect_data.py corpora | report | plan                 # what there is; a page of what was collected; what many hours cost
 
 Writes OUTPUT/conversations/<split>/<id>/*.flac, OUTPUT/manifests/<split>/{recordings,supervisions,cuts}.jsonl.gz
 and OUTPUT/collection.json. Paths in the manifests are relative to OUTPUT. Interrupted runs go on where they stopped.
@@ -10,53 +12,70 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import config
 
 SPLITS = ("train", "validation", "test")
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff"}
-PART_NAMES = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test", "eval")}   # in the part names of corpora
 
 
 # ----------------------------------------------------------------------------- what is already there
 
 class Index:
-    """index.jsonl: a header with the settings, then one line per finished conversation, in order."""
+    """index.jsonl: a header with the settings, then one line per finished conversation, in order.
+
+    A line is written at once or not at all, so a killed run loses at most what it was working on. In memory is a few words per
+    conversation (`rows`); `read` gives the whole lines again.
+    """
 
     def __init__(self, root: Path, settings: dict):
-        self.path, self.rows = root / "index.jsonl", []
-        header = json.dumps({"settings": settings}, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.is_file() else []
-        if lines[1:2] not in ([], [""]) and lines[0] != header:
-            raise ValueError(f"{root} holds a collection made with other settings: use --fresh to replace it or another --output")
-        for line in lines[1:]:
-            with contextlib.suppress(json.JSONDecodeError):                # the last line may be cut off
-                self.rows.append(json.loads(line))
-        self._rewrite(header)
+        self.path, self.rows, self.seconds = root / "index.jsonl", [], 0.0
+        header = (json.dumps({"settings": settings}, sort_keys=True) + "\n").encode()
+        lines = self._lines() if self.path.is_file() else iter(())
+        first = next(lines, None)
+        end = len(header)
+        for offset, line in lines:
+            if first[1] != header:
+                raise ValueError(f"{root} holds a collection made with other settings: use --fresh to replace it or another --output")
+            with contextlib.suppress(ValueError):                          # a cut-off line
+                self._take(json.loads(line), offset)
+                end = offset + len(line)
+        self._file = open(self.path, "r+b" if first and first[1] == header else "w+b")
+        self._file.write(header)
+        self._file.truncate(max(end, len(header)))                         # less a last line that was cut off
+        self._file.seek(0, os.SEEK_END)
 
-    def _rewrite(self, header: str) -> None:
-        temporary = self.path.with_name("index.jsonl.tmp")
-        temporary.write_text("\n".join([header, *map(_dumps, self.rows)]) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+    def _lines(self):
+        offset = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                yield offset, line
+                offset += len(line)
+
+    def _take(self, row: dict, offset: int) -> None:
+        self.rows.append({"id": row["id"], "split": row["split"], "duration": row["duration"], "engine": row["engine"], "offset": offset, "turns": len(row["turns"]),
+                          "speakers": list({t["speaker"] for t in row["turns"]})})
+        self.seconds += row["duration"]
 
     def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self._file.write(_dumps(row) + "\n")
+        offset = self._file.tell()
+        self._file.write((_dumps(row) + "\n").encode("utf-8"))
         self._file.flush()
+        self._take(row, offset)
 
-    @property
-    def seconds(self) -> float:
-        return sum(row["duration"] for row in self.rows)
+    def read(self, rows: list[dict] | None = None):
+        """Yields the whole rows, one at a time, in the order of `rows` (default: as they were added)."""
+        with open(self.path, "rb") as file:
+            for row in self.rows if rows is None else rows:
+                file.seek(row["offset"])
+                yield json.loads(file.readline())
 
     def close(self) -> None:
         self._file.close()
@@ -75,7 +94,7 @@ def _recording(row: dict) -> dict:
 
 def _supervisions(row: dict) -> list[dict]:
     return [{"id": t["id"], "recording_id": row["id"], "start": t["start"], "duration": t["duration"], "channel": 0, "text": t["text"],
-             "language": "English", "speaker": t["speaker"], "custom": t["custom"]} for t in row["turns"]]
+             "language": row.get("language", "English"), "speaker": t["speaker"], "custom": t["custom"]} for t in row["turns"]]
 
 
 def _cut(row: dict) -> dict:
@@ -93,32 +112,58 @@ def _write_lines(path: Path, lines) -> None:
     os.replace(temporary, path)
 
 
-def write_manifests(root: Path, rows: list[dict]) -> None:
-    """recordings, supervisions and cuts of each split."""
+def write_manifests(root: Path, index: Index) -> None:
+    """recordings, supervisions and cuts of each split, conversations by id; what was left out in dropped.jsonl.gz."""
     for split in SPLITS:
         folder = root / "manifests" / split
         folder.mkdir(parents=True, exist_ok=True)
-        mine = [row for row in rows if row["split"] == split]
-        _write_lines(folder / "recordings.jsonl.gz", map(_recording, mine))
-        _write_lines(folder / "supervisions.jsonl.gz", (s for row in mine for s in _supervisions(row)))
-        _write_lines(folder / "cuts.jsonl.gz", map(_cut, mine))
+        mine = sorted((row for row in index.rows if row["split"] == split and row["turns"]), key=lambda row: row["id"])
+        _write_lines(folder / "recordings.jsonl.gz", map(_recording, index.read(mine)))
+        _write_lines(folder / "supervisions.jsonl.gz", (s for row in index.read(mine) for s in _supervisions(row)))
+        _write_lines(folder / "cuts.jsonl.gz", map(_cut, index.read(mine)))
+    if any("dropped" in row or row.get("notes") for row in index.read(index.rows[:1])):
+        _write_lines(root / "dropped.jsonl.gz", ({"conversation": row["id"], "source": row["engine"]} | lost for row in index.read() for lost in row.get("dropped", [])))
 
 
-def write_summary(root: Path, rows: list[dict], settings: dict, seconds: float) -> dict:
-    """collection.json: hours, turns, engine shares, seconds taken in all."""
-    total = sum(row["duration"] for row in rows) or 1.0
+def write_summary(root: Path, index: Index, settings: dict, seconds: float) -> dict:
+    """collection.json: hours, turns, engine shares, what was left out, seconds taken in all."""
+    rows, total = index.rows, index.seconds or 1.0
     path = root / "collection.json"
     before = json.loads(path.read_text(encoding="utf-8"))["seconds_taken"] if path.is_file() else 0.0
-    engines = sorted({row["engine"] for row in rows})
+    engines = sorted({row["engine"] for row in rows if row["turns"]})
     summary = settings | {
-        "hours": round(total / 3600, 4), "conversations": len(rows), "turns": sum(len(row["turns"]) for row in rows),
+        "hours": round(index.seconds / 3600, 4), "conversations": sum(row["turns"] > 0 for row in rows), "turns": sum(row["turns"] for row in rows),
         "hours_per_split": {s: round(sum(r["duration"] for r in rows if r["split"] == s) / 3600, 4) for s in SPLITS},
         "engine_shares": {e: round(sum(r["duration"] for r in rows if r["engine"] == e) / total, 4) for e in engines},
-        "characters": len({t["speaker"] for r in rows for t in r["turns"]}), "seconds_taken": round(before + seconds, 1)}
+        "characters": len({speaker for row in rows for speaker in row["speakers"]}), "seconds_taken": round(before + seconds, 1)}
+    if settings["source"] != "synthetic":
+        summary["left_out"], summary["notes"] = left_out(index)
     temporary = path.with_name("collection.json.tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return summary
+
+
+def left_out(index: Index) -> tuple[dict, dict]:
+    """({"turns": {reason: count}, "files": {reason: [count, first names]}}, {note: [count, first names]})."""
+    turns, files, notes = Counter(), {}, {}
+    for row in index.read():
+        for lost in row.get("dropped", []):
+            if "file" in lost:
+                _name(files, lost["reason"], lost["file"])
+            else:
+                turns[lost["reason"]] += 1
+        for note in row.get("notes", []):
+            if not note.split(": ", 1)[1].startswith("by "):
+                _name(notes, note.split(": ", 1)[1].split(",")[0], note.split(": ", 1)[0])
+    return {"turns": dict(turns.most_common()), "files": files}, notes
+
+
+def _name(table: dict, reason: str, name: str, most: int = 5) -> None:
+    entry = table.setdefault(reason, [0, []])
+    entry[0] += 1
+    if len(entry[1]) < most:
+        entry[1].append(name)
 
 
 # ----------------------------------------------------------------------------- synthetic
@@ -141,36 +186,38 @@ def _render(job: tuple) -> dict:
 
 
 @contextlib.contextmanager
-def _results(jobs, settings: dict, workers: int):
-    """Iterator over the rendered conversations, in order, whatever the number of workers."""
+def _results(jobs, work, start, settings, workers: int):
+    """Iterator over work(job), in order, whatever the number of workers; each begins with start(settings)."""
     if workers == 1:
-        _start_worker(settings)
-        yield map(_render, jobs)
+        start(settings)
+        yield map(work, jobs)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_quiet_worker, (settings,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_quiet_worker, (start, settings))
     try:
-        yield _bounded(pool, jobs, workers * 3)
+        yield _bounded(pool, work, jobs, workers * 3)
     except BrokenProcessPool:
         raise ValueError("a worker process died (out of memory?): run again with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_quiet_worker(settings: dict) -> None:
+def _start_quiet_worker(start, settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)                           # Ctrl-C is the parent's business
-    _start_worker(settings)
+    start(settings)
 
 
-def _bounded(pool, jobs, ahead: int):
+def _bounded(pool, work, jobs, ahead: int):
     """Results in order, with never more than `ahead` jobs in flight."""
     pending = deque()
     for job in jobs:
-        pending.append(pool.submit(_render, job))
+        pending.append(pool.submit(work, job))
         if len(pending) >= ahead:
             yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def collect_synthetic(root: Path, index: Index, settings: dict, hours: float, workers: int) -> None:
@@ -182,7 +229,7 @@ def collect_synthetic(root: Path, index: Index, settings: dict, hours: float, wo
         return
     jobs = ((i, str(root)) for i in itertools.count(len(index.rows)))
     with tqdm(total=round(target), initial=round(index.seconds), unit="s", desc="speaking", dynamic_ncols=True) as bar, \
-            _results(jobs, settings, workers) as results:
+            _results(jobs, _render, _start_worker, settings, workers) as results:
         for row in results:
             index.add(row)
             bar.update(round(row["duration"]))
@@ -193,7 +240,7 @@ def collect_synthetic(root: Path, index: Index, settings: dict, hours: float, wo
 
 def _remove_orphans(root: Path, rows: list[dict]) -> None:
     """Conversations begun by workers beyond the target, and unfinished ones."""
-    known = {row["id"] for row in rows}
+    known = {row["id"] for row in rows if row["turns"]}
     for folder in (root / "conversations").glob("*/*"):
         if folder.name not in known:
             shutil.rmtree(folder, ignore_errors=True)
@@ -201,176 +248,81 @@ def _remove_orphans(root: Path, rows: list[dict]) -> None:
 
 # ----------------------------------------------------------------------------- recordings of people
 
-def _store(root: Path, conversation: str, split: str, source: str, licence: str, turns: list[dict]) -> dict:
-    """Writes one recorded conversation like a synthetic one. turns: {audio (n,), text, speaker, start (s) or None}."""
-    import numpy as np
-    import audio_io
-    from synthetic_conversations import measured_f0
-    folder, speakers = Path("conversations") / split / conversation, list(dict.fromkeys(t["speaker"] for t in turns))
-    rows, clock, mix = [], 0.0, np.zeros(0, np.float32)
-    for k, turn in enumerate(turns):
-        audio, path = turn["audio"], folder / f"{k:02d}.flac"
-        start = clock if turn["start"] is None else turn["start"]
-        clock = start + len(audio) / audio_io.SAMPLE_RATE + 0.2
-        audio_io.write_audio(root / path, audio)
-        f0 = measured_f0(audio)
-        custom = {"mood": None, "character": turn["speaker"], "engine": source, "f0_median": round(float(np.median(f0)), 1) if len(f0) else 0.0,
-                  "turn_audio": path.as_posix(), "sha256": hashlib.sha256((root / path).read_bytes()).hexdigest(), "licence": licence,
-                  "speaker_index": speakers.index(turn["speaker"]), "alignment": None}
-        rows.append({"id": f"{conversation}-{k:02d}", "start": round(start, 4), "num_samples": len(audio), "duration": len(audio) / audio_io.SAMPLE_RATE,
-                     "text": turn["text"], "speaker": turn["speaker"], "custom": custom})
-        place = round(start * audio_io.SAMPLE_RATE)
-        mix = np.pad(mix, (0, max(0, place + len(audio) - len(mix))))
-        mix[place: place + len(audio)] += audio
-    audio_io.write_audio(root / folder / "mix.flac", mix)
-    return {"id": conversation, "split": split, "kind": source, "engine": source, "num_samples": len(mix), "duration": len(mix) / audio_io.SAMPLE_RATE,
-            "audio": (folder / "mix.flac").as_posix(), "turns": rows}
+_options = None
 
 
-def _text_beside(path: Path) -> str:
-    """The normalised transcript in the .txt beside an audio file."""
-    import text_tokenizer
-    beside = path.with_suffix(".txt")
-    try:
-        return text_tokenizer.normalise(beside.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"no transcript for {path}: write what is said into {beside.name} beside it") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{beside} is not UTF-8 text: save it as UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{beside}: {error}") from None
+def _start_people(options) -> None:
+    global _options
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    import torch
+    torch.set_num_threads(1)
+    _options = options
 
 
-def folder_conversations(folder: Path):
-    """Yields (id, [audio paths]): a subfolder is a conversation of its files in name order, a loose file one of its own."""
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: give the folder of your recordings with --input")
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES):
-        inside = path.parent.relative_to(folder).as_posix()
-        groups.setdefault(path.stem if inside == "." else inside, []).append(path)
-    if not groups:
-        raise ValueError(f"no audio in {folder}: put {', '.join(sorted(AUDIO_SUFFIXES))} files there, a .txt beside each")
-    yield from groups.items()
+def _take_in(job: tuple) -> dict:
+    import people
+    return people.work(job[0], Path(job[1]), _options)
 
 
-def _held_out(names: list[str]) -> dict[str, str]:
-    """A split per conversation or speaker by its hash; from three names on, one at least validates and one tests."""
-    order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    share = max(1, len(order) // 25) if len(order) >= 3 else 0
-    return {name: "validation" if k < share else "test" if k < 2 * share else "train" for k, name in enumerate(order)}
-
-
-def collect_folder(root: Path, index: Index, source: Path, hours: float) -> None:
-    """A user's recordings: NAME.wav with NAME.txt; the speaker is what follows the last "_" of the name, else the conversation."""
-    import audio_io
+def collect_people(root: Path, index: Index, jobs, options, seconds: float, workers: int, name: str) -> None:
+    """Takes in jobs that were not done before until the source has given `seconds` of conversation."""
+    import filters
+    import people
     from tqdm import tqdm
-    groups = list(folder_conversations(source))
-    for paths in (paths for _, paths in groups):
-        for path in paths:
-            _text_beside(path)                                             # all complaints before any work
-    splits, done = _held_out([name for name, _ in groups]), {row["id"] for row in index.rows}
-    for name, paths in tqdm(groups, desc="reading", unit="conversation"):
-        safe = name.replace("/", "-")
-        if safe in done or index.seconds >= hours * 3600:
-            continue
-        turns = [{"audio": audio_io.read_audio(p), "text": _text_beside(p), "start": None,
-                  "speaker": p.stem.rsplit("_", 1)[1] if "_" in p.stem else safe} for p in paths]
-        index.add(_store(root, safe, splits[name], "folder", "the owner's", turns))
+    seen, done = filters.Seen(), {row["id"] for row in index.rows}
+    if options.filters and options.filters.dedupe:
+        for row in index.read():
+            people.remember(row, seen)
+    have = sum(row["duration"] for row in index.rows if row["engine"] == name)
+    if have >= seconds:
+        return
+    waiting = ((job, str(root)) for job in jobs if job.id not in done)
+    with tqdm(total=round(seconds / 3600, 2), initial=round(have / 3600, 3), unit="h", desc=f"reading {name}", dynamic_ncols=True, bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]") as bar, \
+            _results(waiting, _take_in, _start_people, options, workers) as results:
+        for row in results:
+            if options.filters and options.filters.dedupe:
+                row = people.without_repeats(row, seen, root)
+            index.add(row)
+            have += row["duration"]
+            bar.update(row["duration"] / 3600)
+            if have >= seconds:
+                break
 
 
-def _recipe(name: str):
-    """(download or None, prepare) of a Lhotse recipe."""
-    import difflib
-    from lhotse import recipes
-    known = sorted(f[8:] for f in dir(recipes) if f.startswith("prepare_"))
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        raise ValueError(f"unknown source {name!r}: use --source synthetic, folder or a Lhotse recipe{' such as ' + ', '.join(near) if near else ''} "
-                         f"({len(known)} are known, e.g. daily_talk, librispeech, libritts, ami)")
-    return getattr(recipes, f"download_{name}", None), getattr(recipes, f"prepare_{name}")
+def collect_sources(root: Path, index: Index, args, options) -> None:
+    """Each source gives its share of the hours; what a small one lacks is asked of the ones after it. Smallest first."""
+    import corpora
+    import people
+    names = sorted(_sources(args), key=lambda n: (corpora.CORPORA[n].hours or 1e9) if n in corpora.CORPORA else 0)
+    left = args.target_hours * 3600
+    def mine(jobs, name):
+        for k, job in enumerate(jobs):
+            job.id = f"{name}-{job.id}" if len(names) > 1 else job.id
+            if k % args.part[1] == args.part[0]:
+                yield job
+    for number, name in enumerate(names):
+        share = left / (len(names) - number)
+        if name == "folder":
+            jobs = people.folder_jobs(Path(args.input), options)
+        else:
+            jobs = people.corpus_jobs(name, corpora.corpus_folder(name, args.input, root / "download", share / 3600))
+        collect_people(root, index, mine(jobs, name), options, share, args.workers or 1, name)
+        left -= min(share, sum(row["duration"] for row in index.rows if row["engine"] == name))
+    _remove_orphans(root, index.rows)
+    if not any(row["turns"] for row in index.rows):
+        lost, _ = left_out(index)
+        why = ", ".join([f"{n} x {reason}" for reason, n in lost["turns"].items()] + [f"{n} x {reason} ({', '.join(files)})" for reason, (n, files) in lost["files"].items()])
+        raise ValueError(f"nothing usable in {', '.join(names)}{': ' + why if why else ' has a transcript'}: check --path, or relax a limit (--no_filters keeps everything)")
 
 
-def _corpus(name: str, root: Path, given: str) -> Path:
-    """The corpus folder: --input, or downloaded by the recipe into OUTPUT/download."""
-    download, _ = _recipe(name)
-    if given:
-        if not Path(given).is_dir():
-            raise ValueError(f"no folder {given}: give the folder of the corpus with --input")
-        return Path(given)
-    if download is None:
-        raise ValueError(f"{name} cannot be downloaded by Lhotse (it needs a licence): get it by hand and give its folder with --input")
-    target = root / "download"
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        found = download(target)
-    except Exception as error:                                             # each recipe has its own way to fail without a network
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot download {name} ({type(error).__name__}: {reason}): check the network, or get it by hand and give its folder with --input") from None
-    return Path(found) if found else target
-
-
-def _parts(found, name: str = ""):
-    """Yields (split name, recordings, supervisions) from whatever nesting a recipe returns."""
-    if isinstance(found, dict) and "recordings" in found:
-        if "supervisions" in found:
-            yield name, found["recordings"], found["supervisions"]
-    elif isinstance(found, dict):
-        for key, value in found.items():
-            yield from _parts(value, f"{name}/{key}")
-
-
-def _recorded_turns(recording, supervisions) -> list[dict]:
-    """The turns of one recording; what has no transcript in letters is left out."""
-    import audio_io
-    import text_tokenizer
-    channels, turns = None, []
-    for s in sorted(supervisions, key=lambda s: s.start):
-        try:
-            text = text_tokenizer.normalise(s.text or "")
-        except ValueError:
-            continue
-        if channels is None:
-            sound = recording.load_audio()                                 # (channels, n)
-            channels = {c: audio_io.resample(sound[k], recording.sampling_rate, audio_io.SAMPLE_RATE) for k, c in enumerate(recording.channel_ids)}
-        channel = s.channel[0] if isinstance(s.channel, list) else s.channel
-        begin = int(s.start * audio_io.SAMPLE_RATE)
-        audio = channels.get(channel, next(iter(channels.values())))[begin: begin + int(s.duration * audio_io.SAMPLE_RATE)]
-        if len(audio) >= audio_io.SAMPLE_RATE // 10:
-            turns.append({"audio": audio, "text": text, "speaker": str(s.speaker or recording.id), "start": s.start})
-    first = turns[0]["start"] if turns else 0.0
-    return [t | {"start": t["start"] - first} for t in turns]
-
-
-def collect_lhotse(root: Path, index: Index, name: str, given: str, hours: float) -> None:
-    """A corpus by Lhotse's own download and prepare functions; a recording is a conversation."""
-    from tqdm import tqdm
-    _, prepare = _recipe(name)
-    corpus = _corpus(name, root, given)
-    try:
-        parts = list(_parts(prepare(corpus)))
-    except Exception as error:
-        raise ValueError(f"{corpus} is not the {name} corpus as Lhotse expects it ({' '.join(str(error).split())[:200]}): check --input") from None
-    done = {row["id"] for row in index.rows}
-    with tqdm(total=round(hours * 3600), initial=round(index.seconds), unit="s", desc=f"reading {name}", dynamic_ncols=True) as bar:
-        for part, recordings, supervisions in parts:
-            groups: dict[str, list] = {}
-            for s in supervisions:
-                groups.setdefault(s.recording_id, []).append(s)
-            splits = _held_out([str(groups[r][0].speaker) for r in groups])
-            named = next((split for split, keys in PART_NAMES.items() if any(k in part for k in keys)), None)
-            for recording in recordings:
-                safe = recording.id.replace("/", "-")
-                if safe in done or recording.id not in groups or index.seconds >= hours * 3600:
-                    continue
-                turns = _recorded_turns(recording, groups[recording.id])
-                if turns:
-                    split = named or splits[str(groups[recording.id][0].speaker)]
-                    row = _store(root, safe, split, name, f"of the corpus {name}", turns)
-                    index.add(row)
-                    bar.update(round(row["duration"]))
-    if not index.rows:
-        raise ValueError(f"no recording of {name} in {corpus} has a transcript: check --input")
+def _draw_filters(root: Path, index: Index, options) -> None:
+    """filters.png: what was kept, what not, and why."""
+    import filters
+    turns = [(t["custom"].get("quality", {}), None) for row in index.read() for t in row["turns"]]
+    turns += [(lost.get("values", {}), lost["reason"]) for row in index.read() for lost in row.get("dropped", []) if "file" not in lost]
+    if options.filters and turns:
+        filters.draw(turns, options.filters, root / "filters.png")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -378,8 +330,9 @@ def collect_lhotse(root: Path, index: Index, name: str, given: str, hours: float
 def _parser() -> config.Parser:
     parser = config.Parser(description="Collect conversations with transcripts into audio and Lhotse manifests.")
     parser.add_argument("--target_hours", type=float, default=1.0, help="hours of conversation to collect (default 1)")
-    parser.add_argument("--source", default="synthetic", help="synthetic | folder | the name of a Lhotse recipe (default synthetic)")
-    parser.add_argument("--input", default="", help="your recordings (source folder), or a corpus that is already on the disk (Lhotse recipe)")
+    parser.add_argument("--source", "--sources", dest="source", default="synthetic", help="synthetic | folder | record | names of Lhotse recipes with commas between (default synthetic; "
+                        "python collect_data.py corpora lists them)")
+    parser.add_argument("--input", "--path", dest="input", default="", metavar="DIR", help="your recordings (source folder), or where a corpus already is (itself, or in DIR/NAME)")
     parser.add_argument("--engine", default="mix", choices=("hibari", "kokoro", "mix"), help="voices of the synthetic source (default mix)")
     parser.add_argument("--kokoro_share", type=float, default=0.06, help="share of Kokoro's conversations in the mix; about twice real time (default 0.06)")
     parser.add_argument("--texts", default="", metavar="PATH", help="speak the sentences of this file (one a line) instead of the dialogues; or the folder "
@@ -388,13 +341,55 @@ def _parser() -> config.Parser:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core, at most 8 (default 0)")
     parser.add_argument("--output", default="data/synthetic", help="folder to write (default data/synthetic)")
     parser.add_argument("--fresh", action="store_true", help="start again: delete what an earlier run wrote there")
+    _people_flags(parser)
     return parser
+
+
+def _people_flags(parser) -> None:
+    """Flags of people's recordings; the limits are those of filters.FilterConfig and segmentation.SegmentationConfig."""
+    group = parser.add_argument_group("recordings of people")
+    group.add_argument("--listen", default="missing", choices=("missing", "all", "never"), help="what the ASR hears: turns without a transcript (default), all (checks those too, and times the words), nothing")
+    group.add_argument("--asr", default="tiny.en", help="Whisper of the listening: the packaged tiny.en (default), or a name or folder of faster-whisper")
+    group.add_argument("--licence", default="the owner's", help="of your own recordings, written into the manifests")
+    group.add_argument("--part", default="1/1", metavar="K/N", help="only every N-th conversation, beginning with the K-th: N machines collect into N folders (default 1/1)")
+    group.add_argument("--no_filters", action="store_true", help="keep every turn as it is, at its own loudness")
+    for flag, kind, what in LIMIT_FLAGS:
+        group.add_argument(flag, type=kind, default=None, help=what)
+    group.add_argument("--script", default="", metavar="FILE", help="source record: lines to be read aloud (default: sentences of the dialogues)")
+
+
+LIMIT_FLAGS = (("--language", str, "ISO code that the text must be in; '' for any (default en)"), ("--min_seconds", float, "shortest turn (default 0.3)"),
+               ("--max_seconds", float, "longest turn (default 30)"), ("--min_snr_db", float, "signal to noise in dB (default 10)"),
+               ("--max_clipped", float, "share of clipped samples (default 0.005)"), ("--min_speech", float, "share of a turn that is speech (default 0.4)"),
+               ("--min_pace", float, "letters per second (default 2.5)"), ("--max_pace", float, "letters per second (default 30)"),
+               ("--min_confidence", float, "of the ASR where it wrote the text (default 0.5)"), ("--min_match", float, "share of a transcript's words that the ASR hears, with --listen all (default 0.5)"),
+               ("--min_mos", float, "DistillMOS, 1 to 5; takes a fifth of real time (default 0: off)"), ("--loudness", float, "LUFS that each speaker is brought to (default -23)"),
+               ("--channels", str, "auto | split (a person per channel) | mix (voices are told apart) (default auto)"),
+               ("--speakers", int, "people in a one-channel recording; 0: find out (default 0)"), ("--max_pause", float, "pause that does not end a turn, s (default 1)"),
+               ("--vad_threshold", float, "of the voice activity (default 0.5)"))
+
+
+def _options_of(args):
+    """people.Options of the flags; ValueError names the flag that is wrong."""
+    import dataclasses
+    import filters
+    import people
+    import segmentation
+    given = {flag[2:]: value for flag, _, _ in LIMIT_FLAGS if (value := getattr(args, flag[2:])) is not None}
+
+    def build(kind):
+        return kind(**{k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(kind)}})
+    return people.Options(build(segmentation.SegmentationConfig), None if args.no_filters else build(filters.FilterConfig), args.listen, args.asr, args.licence)
+
+
+def _sources(args) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in args.source.split(",") if part.strip()))
 
 
 def _clear(root: Path) -> None:
     for name in ("conversations", "manifests", "tokens"):
         shutil.rmtree(root / name, ignore_errors=True)
-    for name in ("index.jsonl", "collection.json", "readings.json"):
+    for name in ("index.jsonl", "collection.json", "readings.json", "dropped.jsonl.gz", "filters.png"):
         (root / name).unlink(missing_ok=True)
 
 
@@ -406,22 +401,53 @@ def _check(args) -> None:
         raise ValueError(f"--workers {args.workers} must be between 0 and 256")
     if not 0 <= args.kokoro_share <= 1:
         raise ValueError(f"--kokoro_share {args.kokoro_share} must be between 0 and 1")
-    if args.source == "folder" and not args.input:
-        raise ValueError("source folder needs your recordings: add --input DIR")
-    if args.source == "folder":
-        next(folder_conversations(Path(args.input)))
-    elif args.source == "synthetic":
+    if not _sources(args):
+        raise ValueError("--source names nothing: use synthetic, folder, record or Lhotse recipes")
+    if _sources(args) == ["synthetic"]:
         import synthetic_conversations
         synthetic_conversations.prepare("hibari" if args.engine == "mix" and not args.kokoro_share else args.engine)
         if args.texts:
             synthetic_conversations.readings(args.texts)
     else:
-        _recipe(args.source)
+        _check_people(args)
+
+
+def _check_people(args) -> None:
+    import corpora
+    import people
+    names = _sources(args)
+    if len(names) > 1 and {"synthetic", "record"} & set(names):
+        raise ValueError("--source synthetic and record stand alone: collect them into folders of their own, training takes several (--data data/a,data/b)")
+    args.part = _part(args.part) if isinstance(args.part, str) else args.part
+    options = _options_of(args)
+    if names == ["record"]:
+        return
+    if "folder" in names:
+        if not args.input:
+            raise ValueError("source folder needs your recordings: add --path DIR")
+        people.folder_groups(Path(args.input))
+    recipes = [name for name in names if name != "folder"]
+    for name in recipes:
+        corpora.recipe(name)
+    if recipes:
+        print(corpora.table(recipes, args.target_hours / len(names)), flush=True)
+        corpora.check_disk({name: args.target_hours / len(names) for name in recipes}, args.input, Path(args.output))
+    people.prepare(options)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """"2/8" -> (1, 8)."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--part {text}: use K/N, for instance 1/8 to 8/8")
+    return int(number) - 1, int(count)
 
 
 def _settings(args) -> dict:
     if args.source != "synthetic":
-        return {"source": args.source, "input": args.input}
+        chosen = {flag[2:]: value for flag, _, _ in LIMIT_FLAGS if (value := getattr(args, flag[2:])) is not None}
+        parts = {"part": args.part} if args.part[1] > 1 else {}
+        return {"source": args.source, "input": args.input, "listen": args.listen, "asr": args.asr, "filters": not args.no_filters} | chosen | parts
     from synthetic_conversations import VERSION
     return {"source": args.source, "engine": args.engine, "kokoro_share": args.kokoro_share, "seed": args.seed, "version": VERSION} | ({"texts": args.texts} if args.texts else {})
 
@@ -436,9 +462,17 @@ def _with_readings(root: Path, settings: dict) -> dict:
     return settings | {"texts": str(path)}
 
 
+def collect(*words: str) -> dict:
+    """What the command line does with these words; returns the summary. Raises ValueError."""
+    return run(_parser().parse_args(list(words)))
+
+
 def run(args) -> dict:
     _check(args)
-    root, settings = Path(args.output), _settings(args)
+    root = Path(args.output)
+    if _sources(args) == ["record"]:
+        args = _recorded(args, root)
+    settings = _settings(args)
     if args.fresh:
         _clear(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -446,29 +480,69 @@ def run(args) -> dict:
     try:
         if args.source == "synthetic":
             collect_synthetic(root, index, _with_readings(root, settings), args.target_hours, args.workers or min(8, os.cpu_count() or 1))
-        elif args.source == "folder":
-            collect_folder(root, index, Path(args.input), args.target_hours)
         else:
-            collect_lhotse(root, index, args.source, args.input, args.target_hours)
+            collect_sources(root, index, args, _options_of(args))
     finally:
         index.close()
-        if index.rows:
-            write_manifests(root, index.rows)
-    return write_summary(root, index.rows, settings, time.time() - begin)
+        if any(row["turns"] for row in index.rows):
+            write_manifests(root, index)
+    summary = write_summary(root, index, settings, time.time() - begin)
+    if args.source != "synthetic":
+        _draw_filters(root, index, _options_of(args))
+    return summary
+
+
+def _recorded(args, root: Path):
+    """Record what is not yet recorded of the script, then go on as with a folder."""
+    import record_script
+    lines = record_script.script_lines(args.script)
+    record_script.record(lines, root / "recorded")
+    args.source, args.input, args.no_filters = "folder", str(root / "recorded"), args.no_filters
+    return args
+
+
+ROOMS = {"corpora": "what is known of the corpora that Lhotse can fetch", "report": "a page of what was collected", "plan": "cores, days, bytes and cost of many hours"}
 
 
 def main(argv=None) -> int:
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] and words[0] in ROOMS:
+        return _room(words[0], words[1:])
+    args = _parser().parse_args(words)
     try:
         summary = run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
     print(f"{args.output}: {summary['hours']:.2f} h, {summary['conversations']} conversations, {summary['turns']} turns, "
           f"{summary['characters']} characters, engines {summary['engine_shares']}")
+    _say_left_out(summary)
+    return 0
+
+
+def _say_left_out(summary: dict) -> None:
+    for reason, count in summary.get("left_out", {}).get("turns", {}).items():
+        print(f"  left out: {count} turns, {reason}")
+    for reason, (count, names) in summary.get("left_out", {}).get("files", {}).items():
+        print(f"  left out: {count} files, {reason}: {', '.join(names)}{' ...' if count > len(names) else ''}")
+    for note, (count, names) in summary.get("notes", {}).items():
+        print(f"  note: {count} files, {note}: {', '.join(names)}{' ...' if count > len(names) else ''}")
+
+
+def _room(name: str, words: list[str]) -> int:
+    """python collect_data.py corpora | report | plan."""
+    if name == "report":
+        import data_report
+        return data_report.main(words)
+    if name == "plan":
+        import data_plan
+        return data_plan.main(words)
+    config.Parser(prog="collect_data.py corpora", description="What the publishers say of the corpora that Lhotse knows.").parse_args(words)
+    import corpora
+    print(corpora.table())
     return 0
 
 

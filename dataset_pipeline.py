@@ -53,6 +53,7 @@ from torch import Tensor         # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm            # noqa: E402
 
+import shards                    # noqa: E402
 from architecture import FrameBatch  # noqa: E402
 from audio_io import read_audio  # noqa: E402
 from checkpoint import check_codec, load_codec  # noqa: E402
@@ -104,14 +105,14 @@ def phone_ids(symbols: str) -> list[int]:
     return [PHONE_ID[s] for s in symbols if PHONE_ID.get(s, 0)]
 
 
-def _plan_shards(conversations: dict[str, list[dict]], turns_per_shard: int) -> list[list[dict]]:
-    """Whole conversations in groups of at least turns_per_shard supervisions."""
-    shards: list[list[dict]] = [[]]
-    for turns in conversations.values():
-        if len(shards[-1]) >= turns_per_shard:
-            shards.append([])
-        shards[-1] += turns
-    return [s for s in shards if s]
+def _plan(data: Path, turns_per_shard: int) -> Iterator[tuple[Path, list[dict]]]:
+    """(path, supervisions) of each shard: whole conversations in order. Streamed where the manifest is in order, else sorted in memory."""
+    for split in SPLITS:
+        path = data / "manifests" / split / "supervisions.jsonl.gz"
+        ordered = path.is_file() and shards.count_in_order(path) is not None
+        found = shards.stream(path) if ordered else iter(read_supervisions(data, split).values())
+        for number, supervisions in enumerate(shards.grouped(found, turns_per_shard)):
+            yield data / "tokens" / f"{split}-{number:05d}.safetensors", supervisions
 
 
 def _content(supervisions: list[dict], fingerprint: str) -> str:
@@ -179,27 +180,25 @@ def tokenise(data, codec, workers: int = 2, fresh: bool = False, turns_per_shard
 
     ValueError when shards of another codec are there and fresh is not set.
     """
-    data = Path(data)
-    folder = data / "tokens"
-    plans = {split: _plan_shards(read_supervisions(data, split), turns_per_shard) for split in SPLITS}
-    todo, kept = [], set()
-    for split, shards in plans.items():
-        for number, supervisions in enumerate(shards):
-            path, content = folder / f"{split}-{number:05d}.safetensors", _content(supervisions, codec.fingerprint)
-            header = None if fresh or not path.exists() else _shard_header(path)
-            if header is not None:
-                check_codec(f"{path.name} (made earlier; --fresh makes it again)", header.get("codec_fingerprint"), codec.fingerprint)
-            kept.add(path)
-            if header is None or header.get("content") != content:
-                todo.append((path, supervisions, content))
-    total = sum(len(s) for shards in plans.values() for s in shards)
-    with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=total, unit="turn", desc="tokenising", disable=not progress) as bar:
-        bar.update(total - sum(len(s) for _, s, _ in todo))
-        for path, supervisions, content in todo:
-            _write_shard(path, supervisions, data, codec, content, pool, bar)
+    data, folder, made, total, before = Path(data), Path(data) / "tokens", set(), 0, 0
+
+    def done(path: Path, supervisions: list[dict]) -> bool:
+        header = None if fresh and path not in made and shards.place()[1] == 1 or not path.exists() else _shard_header(path)
+        return header is not None and (header.get("codec_fingerprint"), header.get("content")) == (codec.fingerprint, _content(supervisions, codec.fingerprint))
+    for path, supervisions in _plan(data, turns_per_shard):                                      # all complaints before any work
+        if not fresh and (header := _shard_header(path)) is not None:
+            check_codec(f"{path.name} (made earlier; --fresh makes it again)", header.get("codec_fingerprint"), codec.fingerprint)
+        total, before = total + len(supervisions), before + len(supervisions) * done(path, supervisions)
+    with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=total, initial=before, unit="turn", desc="tokenising", disable=not progress) as bar:
+        def make(path: Path, supervisions: list[dict]) -> None:
+            _write_shard(path, supervisions, data, codec, _content(supervisions, codec.fingerprint), pool, bar)
+            made.add(path)
+        kept = set(shards.share(lambda: _plan(data, turns_per_shard), done, make))
     for stale in {p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")} - kept:       # left by a larger collection
-        stale.unlink()
-    return _write_index(folder, codec)
+        stale.unlink(missing_ok=True)
+    index = _write_index(folder, codec)
+    shards.write_manifest(folder, [path.name for path in kept])
+    return index
 
 
 def _write_index(folder: Path, codec) -> dict:
@@ -207,12 +206,12 @@ def _write_index(folder: Path, codec) -> dict:
              "num_codebooks": codec.cfg.num_codebooks, "num_semantic": codec.cfg.num_semantic, "splits": {}}
     for split in SPLITS:
         names = sorted(p.name for p in folder.glob(f"{split}-*.safetensors"))
-        records = [r for n in names for r in json.loads(_shard_header(folder / n)["turns"])]
         conversations: dict[str, int] = {}
-        for record in records:
+        frames = 0
+        for record in (r for n in names for r in json.loads(_shard_header(folder / n)["turns"])):
             conversations[record["conversation"]] = conversations.get(record["conversation"], 0) + 1
-        frames = sum(r["frames"] for r in records)
-        index["splits"][split] = {"shards": names, "turns": len(records), "frames": frames, "hours": frames / codec.cfg.frame_rate / 3600,
+            frames += record["frames"]
+        index["splits"][split] = {"shards": names, "turns": sum(conversations.values()), "frames": frames, "hours": frames / codec.cfg.frame_rate / 3600,
                                   "conversations": conversations}
     write_json(folder / "index.json", index)
     return index

@@ -260,7 +260,7 @@ def transcribe(audio, rate: int = RATE, asr: str = "tiny.en") -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _voice_encoder():
+def voice_encoder():
     with _installed("Resemblyzer"):
         from resemblyzer import VoiceEncoder, preprocess_wav
     return VoiceEncoder("cpu", verbose=False), preprocess_wav
@@ -270,7 +270,7 @@ def speaker_embedding(audio, rate: int = RATE) -> np.ndarray | None:
     """Voice of the audio as a unit vector (256,) (Resemblyzer); None where there is too little voice."""
     if unjudgeable(audio, rate):
         return None
-    encoder, preprocess = _voice_encoder()
+    encoder, preprocess = voice_encoder()
     voiced = preprocess(resample(as_audio(audio), rate, JUDGE_RATE), source_sr=JUDGE_RATE)   # levels, cuts long silences
     if len(voiced) < MIN_SECONDS * JUDGE_RATE:
         return None

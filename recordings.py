@@ -6,8 +6,6 @@ model learns where in the text a voice is. Nothing is written into the folder it
 """
 from __future__ import annotations
 
-import argparse
-import difflib
 import gzip
 import json
 import re
@@ -18,10 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 import collect_data
-import judges
-from audio_io import SAMPLE_RATE, read_audio, resample, write_audio
+from audio_io import SAMPLE_RATE, read_audio, write_audio
 from checkpoint import load_codec
 from dataset_pipeline import SPLITS, tokenise
+from people import AUDIO_SUFFIXES
+from segmentation import listen, word_times
 from text_tokenizer import normalise
 
 SHORTEST, LONGEST = 1.0, 12.0    # seconds of a turn; without a transcript a longer recording is cut at its quietest places
@@ -32,7 +31,7 @@ def is_recordings(folder) -> bool:
     """A folder with audio that nothing has been made of yet."""
     folder = Path(folder)
     made = any((folder / name).exists() for name in ("tokens", "manifests", "index.jsonl"))
-    return folder.is_dir() and not made and any(p.suffix.lower() in collect_data.AUDIO_SUFFIXES for p in folder.rglob("*"))
+    return folder.is_dir() and not made and any(p.suffix.lower() in AUDIO_SUFFIXES for p in folder.rglob("*"))
 
 
 def cut(audio: np.ndarray, longest: float = LONGEST) -> list[np.ndarray]:
@@ -48,26 +47,14 @@ def cut(audio: np.ndarray, longest: float = LONGEST) -> list[np.ndarray]:
 
 def heard_words(audio: np.ndarray) -> list[tuple[str, float, float]]:
     """What the recogniser hears: (word, start, end in seconds)."""
-    sound = resample(judges.as_audio(audio), SAMPLE_RATE, judges.JUDGE_RATE)
-    segments, _ = judges.load_asr().transcribe(sound, language="en", beam_size=5, temperature=0.0, condition_on_previous_text=False, word_timestamps=True)
-    return [(word.word.strip(), float(word.start), float(word.end)) for segment in segments for word in segment.words]
-
-
-def word_times(text: str, heard: list[tuple[str, float, float]]) -> list[list]:
-    """Words of the normalised text that were heard: [byte_start, byte_end, start_s, end_s]; [] where fewer than half were."""
-    def letters(word: str) -> str:
-        return re.sub(r"[^a-z]", "", word.lower())
-    spans = [match.span() for match in re.finditer(r"\S+", text)]
-    pairs = difflib.SequenceMatcher(None, [letters(text[a:b]) for a, b in spans], [letters(w) for w, _, _ in heard], autojunk=False).get_matching_blocks()
-    found = [[*spans[block.a + i], *heard[block.b + i][1:]] for block in pairs for i in range(block.size)]
-    return found if 2 * len(found) >= len(spans) else []
+    return listen(audio, SAMPLE_RATE).words
 
 
 # ----------------------------------------------------------------------------- the steps
 
 def _turns(folder: Path):
     """Yields (name, audio, text or None) of every turn."""
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in collect_data.AUDIO_SUFFIXES):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES):
         audio, beside = read_audio(path), path.with_suffix(".txt")
         name = re.sub(r"[^A-Za-z0-9]+", "-", path.relative_to(folder).with_suffix("").as_posix())
         if beside.is_file():
@@ -122,8 +109,7 @@ def prepare(folder, codec_path, say=print) -> Path:
     if len(times) < FEWEST:
         raise ValueError(f"{folder} gives {len(times)} usable turns, at least {FEWEST} are needed (a few minutes are better): add recordings")
     say(f"2 of 3: collecting {len(times)} turns into {prepared}")
-    collect_data.run(argparse.Namespace(source="folder", input=str(prepared / "turns"), output=str(prepared), target_hours=1e5, workers=1, kokoro_share=0.0,
-                                        engine="mix", seed=0, fresh=True))
+    collect_data.collect("--source", "folder", "--path", str(prepared / "turns"), "--output", str(prepared), "--target_hours", "1e5", "--no_filters", "--listen", "never", "--fresh")
     _add_word_times(prepared, times)
     say("3 of 3: turning the audio into codec tokens")
     tokenise(prepared, codec)

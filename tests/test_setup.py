@@ -46,7 +46,8 @@ def test_dev_adds_to_a_plain_environment_and_stays(house):
     se.setup(venv, root)
     assert not se.is_ready(venv, root, dev=True)
     se.setup(venv, root, dev=True)
-    assert se.DEV[0] in asked[-2 - len(se.OPTIONAL)] and se.is_ready(venv, root) and se.is_ready(venv, root, dev=True)
+    assert se.DEV[0] in asked[-2 - len(se.OPTIONAL) - len(se.DEV_OPTIONAL)] and asked[-1] == ["--no-deps", se.DEV_OPTIONAL[-1]]
+    assert se.is_ready(venv, root) and se.is_ready(venv, root, dev=True)
 
 
 def test_an_interrupted_installation_leaves_no_stamp(house, monkeypatch):
@@ -128,7 +129,7 @@ def requirement_lines(name):
 
 def test_everything_is_pinned_and_agrees():
     direct, pinned = requirement_lines("requirements.txt"), requirement_lines("constraints.txt")
-    for line in [*direct, *pinned, *se.NO_DEPS, *se.OPTIONAL, *se.DEV]:
+    for line in [*direct, *pinned, *se.NO_DEPS, *se.OPTIONAL, *se.DEV, *se.DEV_OPTIONAL]:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*|setuptools<81", line), line
     assert set(direct) <= set(pinned), set(direct) - set(pinned)
     assert "torch==2.13.0" in direct
