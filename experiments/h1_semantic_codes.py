@@ -1,6 +1,6 @@
 """H1: voice tokens carry meaning: words and phones can be told from the semantic codebooks, and not as well from the acoustic ones.
 
-    python experiments/h1_semantic_codes.py                      about a quarter of an hour on one core
+    python experiments/h1_semantic_codes.py                      minutes per seed on one core
 
 Frozen codes, trained probes, held-out characters and texts (validation and test splits; no character is in two splits).
 Labels are the synthesiser's own times: the phone of each 20 ms (four per frame of 80 ms), and the words (the --words most
@@ -188,6 +188,8 @@ def frequent_words(turns: list[Labelled], count: int) -> dict[str, int]:
 
 def word_task(vectors: list[Tensor], turns: list[Labelled], index: dict[str, int]) -> Task:
     found = [(v[a:b], torch.tensor(index[w]), t.conversation) for v, t in zip(vectors, turns) for w, a, b in t.words if w in index]
+    if not found:
+        raise ValueError(f"none of the {len(index)} most frequent words is in these {len(turns)} turns: raise --words, --train_turns or --test_turns")
     inputs, labels, owner = map(list, zip(*found))
     return Task(inputs, labels, owner, len(index))
 

@@ -1,6 +1,6 @@
 """H2: remembering how things were said (prosodic memory) keeps a character coherent beyond the context window.
 
-    python experiments/h2_prosodic_memory.py                     about half an hour per seed on one core; interrupted, it goes on
+    python experiments/h2_prosodic_memory.py                     tens of minutes per seed on one core; interrupted, it goes on
     python experiments/h2_prosodic_memory.py --steps 0           the shipped model alone, nothing is trained
 
 Where memory can matter: at the opening of a turn. Inside a turn the frames before tell who speaks and how; its first second
@@ -176,16 +176,11 @@ def held_out(training: Training, cfg: ModelConfig, frames: int, count: int = 4) 
     for split in small.SPLITS:
         conversations, tokenizer = dialogues(training, cfg, split)
         conversations = conversations[:training.held_out or None]
-        if len(conversations) % count == 1:                                    # nobody would be the last one's stranger
-            conversations[-2:] = conversations[-1:] + conversations[-2:-1]
-        sizes = range(0, max(1, len(conversations) - 1), count)
-        for first in sizes:
-            last = first + count if first + count < len(conversations) - 1 else len(conversations)
+        edges = [*range(0, max(1, len(conversations) - 1), count), len(conversations)]           # at least two in every group: each has a stranger
+        for first, last in zip(edges, edges[1:]):
             part = conversations[first:last]
             batch, told, places = openings(part, cfg, tokenizer, frames, [{}] * len(part))
             groups.append((batch, told, [part[c][0].id.rsplit("-", 1)[0] for c, _ in places]))
-            if last == len(conversations):
-                break
     return groups
 
 
@@ -238,9 +233,8 @@ def train_small(args, training: Training) -> tuple[dict, dict, list]:
 
 def run_of(condition, seed, steps, training, folder, args, groups) -> small.Run:
     frames = frames_of(args)
-    training = dataclasses.replace(training, batch_positions=training.batch_positions + args.conversations + 10_000 * frames)      # part of what names the folder
     return small.Run(condition, seed, steps, training, folder, lambda: Openings(training, condition.cfg, seed, frames, args.conversations),
-                     lambda model: judge_openings(model, groups, "off" if condition.name == "longer" else condition.name, frames))
+                     lambda model: judge_openings(model, groups, "off" if condition.name == "longer" else condition.name, frames), extra=(frames, args.conversations))
 
 
 def frames_of(args) -> int:
@@ -267,6 +261,9 @@ def shipped_windows(data: str, model: CSM, limit: int) -> list[list[tuple[Window
                     continue
                 window = Window(turns[first:t + 1], {}, [False] * WINDOW, [False] * WINDOW, turns[first - BEFORE:first])
                 found[id(window)] = (window, turns[0].id.rsplit("-", 1)[0])
+    if len({name for _, name in found.values()}) < 2:
+        raise ValueError(f"the held-out splits of {data} have no two conversations of {BEFORE + WINDOW} turns or more, which the shipped model is judged on: "
+                         "collect more, or leave it out with --checkpoint ''")
     packed = pack([w for w, _ in found.values()], 4096)
     return [[found[id(w)] for w in group] for group in packed]
 

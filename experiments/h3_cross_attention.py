@@ -1,6 +1,6 @@
 """H3: voice-text cross-attention inside one model beats separate pipelines.
 
-    python experiments/h3_cross_attention.py                     about half an hour per seed on one core; interrupted, it goes on
+    python experiments/h3_cross_attention.py                     tens of minutes per seed on one core; interrupted, it goes on
     python experiments/h3_cross_attention.py --speak 24          and lets the models of seed 0 be heard by the judge
 
 Conditions, all trained from scratch on the same windows:
@@ -123,7 +123,7 @@ def conditions(args) -> dict[str, list[small.Condition]]:
     target, weights = on.parameters(), on.cfg.loss_weights | {"advance": 0.0}                    # the reading position's labels are the alignment
 
     def like(make):
-        return small.equal_parameters(make, lambda c: sum(x.parameters() for x in c) if isinstance(c, tuple) else c.parameters(), target, 32)
+        return small.equal_parameters(make, lambda c: sum(x.parameters() for x in c) if isinstance(c, tuple) else c.parameters(), target, 8)
     made = {"on": lambda: [on], "pooled": lambda: [dataclasses.replace(on, name="pooled", change=pool_letters)],
             "unguided": lambda: [like(lambda w, f: whole("unguided", w, f, unused=(w + 1) * (free.max_advance + 1), cross=free, loss_weights=weights))],
             "off": lambda: [like(lambda w, f: whole("off", w, f))],

@@ -1,6 +1,6 @@
 """Scaling: held-out loss against arithmetic for models of several sizes, with a fitted law and its uncertainty.
 
-    python experiments/scaling.py                                about half an hour per seed on one core; interrupted, it goes on
+    python experiments/scaling.py                                tens of minutes per seed on one core; interrupted, it goes on
 
 Every size (backbone, depth decoder and cross-attention grow together) is trained from scratch with the same arithmetic: PyTorch
 counts the operations of a step, --steps are those of the largest size. The learning rate stays at its height after the warm-up
@@ -71,7 +71,7 @@ def curve(theta: np.ndarray, c: np.ndarray) -> np.ndarray:
 def best_fit(form, starts: list, bounds: tuple, loss: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
     """Parameters with the least soft absolute error of the log loss over all starts."""
     from scipy.optimize import least_squares
-    fits = [least_squares(lambda theta: np.log(form(theta, *inputs)) - np.log(loss), np.clip(start, *(np.array(b) for b in bounds)), bounds=bounds, loss="soft_l1", f_scale=1e-3, max_nfev=2000)
+    fits = [least_squares(lambda theta: np.log(form(theta, *inputs)) - np.log(loss), np.clip(start, *(np.array(b) for b in bounds)), bounds=bounds, loss="soft_l1", f_scale=1e-3, max_nfev=300)
             for start in starts]
     return min(fits, key=lambda fit: fit.cost).x
 
@@ -254,7 +254,7 @@ def body_of(result: dict) -> str:
     body = (f"**The law {result['verdict'] if result['verdict'] != verdicts.UNDECIDED else 'is undecided'}**: {result['seeds']} seeds of {len(result['sizes'])} sizes; it foretells each size's last check "
             f"within {100 * result['prediction_error']:.2f} % (at most {100 * GOOD:g} % to hold).\n\n")
     body += table(["size", "parameters that multiply", "steps", "PFLOP", "nats per frame", "foretold"],
-                  [[s["size"], f"{s['parameters']:,}", f"{s['steps']:,}", f"{s['pflops']:.2f}", show(s["loss"]), show(f["predicted"])] for s, f in zip(result["sizes"], result["foretold"])])
+                  [[s["size"], f"{s['parameters']:,}", f"{s['steps']:,}", f"{s['gflops'] / 1e6:.3f}", show(s["loss"]), show(f["predicted"])] for s, f in zip(result["sizes"], result["foretold"])])
     names = {"E": "E (what no size removes), nats per frame", "alpha": "a, exponent of parameters", "beta": "b, exponent of positions", "best_size_exponent": "best size grows with arithmetic to the power",
              "compute_E": "E of L(C)", "compute_exponent": "exponent of L(C)"}
     body += "\n\n" + table(["fitted", "value"], [[label, show(fitted[key], 3)] for key, label in names.items()])
@@ -278,7 +278,7 @@ def experiment(args, words: list[str]) -> int:
     found, error = intervals(points, fit, args.draws), float(np.mean([f["error"] for f in said]))
     cfg = plans[0]["condition"].cfg
     chance = float(chance_nats(training, cfg, small.held_out_windows(training, cfg)).sum())
-    sizes = [{"size": p["condition"].name, "parameters": multiplying(p["condition"]), "steps": p["steps"], "pflops": p["steps"] * p["flops"] / 1e15, "loss": f["loss"]} for p, f in zip(plans, said)]
+    sizes = [{"size": p["condition"].name, "parameters": multiplying(p["condition"]), "steps": p["steps"], "gflops": p["steps"] * p["flops"] / 1e9, "loss": f["loss"]} for p, f in zip(plans, said)]
     result = {"verdict": decide(error, found["compute_exponent"], args.seeds, len(plans)), "seeds": args.seeds, "prediction_error": error, "sizes": sizes, "foretold": said, "fit": found, "chance": chance,
               "points": points, "picture": draw(Path(args.output) / "scaling" / "scaling.png", points, fit, chance)}
     return verdicts.publish(args, NAME, words, result, body_of(result))

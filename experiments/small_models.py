@@ -211,11 +211,12 @@ class Run:
     batches: Callable[[], object]
     judge: Callable[[CSM], dict]
     checks: tuple[int, ...] = ()
+    extra: tuple = ()                              # what else the result depends on
     found: dict = field(default_factory=dict)      # step -> what judge returned
 
     def key(self) -> str:
         about = [VERSION, to_dict(self.condition.cfg), self.condition.name, self.seed, self.steps, dataclasses.asdict(dataclasses.replace(self.training, output="", save_seconds=0)),
-                 list(self.checks), read_index(self.training.data)["codec_fingerprint"], read_index(self.training.data)["splits"]["train"]["turns"]]
+                 list(self.checks), read_index(self.training.data)["codec_fingerprint"], read_index(self.training.data)["splits"]["train"]["turns"], *self.extra]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
     @property

@@ -74,6 +74,10 @@ COMMANDS = {
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
+    "python experiments/h1_semantic_codes.py": ("--train_turns 6 --test_turns 3 --linear_steps 2 --recurrent_steps 2 --seeds 1 --results outputs/R.md", ""),
+    "python experiments/h2_prosodic_memory.py": ("--steps 0 --checkpoint '' --results outputs/R.md", ""),
+    "python experiments/h3_cross_attention.py": ("--steps 1 --seeds 1 --codebooks 4 --width 16 --layers 2 --batch_positions 512 --held_out 2 --conditions on,off --results outputs/R.md", ""),
+    "python experiments/scaling.py": ("--steps 6 --seeds 1 --codebooks 4 --batch_positions 512 --sizes 16x2,24x2 --draws 2 --held_out 2 --results outputs/R.md", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
 
@@ -124,7 +128,7 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     for name in [p.name for p in ROOT.glob("*.py")] + ["run_experiment.sh", "requirements.txt", "constraints.txt"]:
         shutil.copy2(ROOT / name, folder / name)
-    for name in ("assets", "examples"):
+    for name in ("assets", "examples", "experiments"):
         shutil.copytree(ROOT / name, folder / name)
     tiny_codec(folder / "pretrained/codec")
     tiny_official_weights(folder / "csm-1b")
