@@ -58,13 +58,13 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """`text` of RESULTS.md with the section `name` replaced, or put in where it belongs in the order of PARTS."""
+    """`text` of RESULTS.md with the section `name` replaced, or put in where it belongs in the order of TITLES."""
     begin, end = markers(name)
     section = f"{begin}\n{body.strip()}\n{end}\n"
     if begin in text:
         head, rest = text.split(begin, 1)
         return head + section + rest.split(end, 1)[1].removeprefix("\n")
-    later = [markers(other)[0] for other in list(PARTS)[list(PARTS).index(name) + 1:]]
+    later = [markers(other)[0] for other in list(TITLES)[list(TITLES).index(name) + 1:]]
     place = min((text.index(m) for m in later if m in text), default=len(text))
     return text[:place].rstrip("\n") + "\n\n" + section + ("\n" + text[place:] if text[place:] else "")
 
@@ -84,7 +84,7 @@ def write_section(path, name: str, result: dict, body: str, manifest: dict) -> N
     text = path.read_text(encoding="utf-8") if path.is_file() else INTRO
     threads = f"{manifest['torch_threads']} torch thread{'s' if manifest['torch_threads'] != 1 else ''}"
     machine = f"{manifest['cpu']}, {manifest['cores']} cores, {threads}" + (f", {manifest['gpu']}" if manifest["gpu"] else "")
-    lines = [f"## {PARTS[name].title}", "", f"`{result['command']}`  ", f"{manifest['time'][:10]}, commit {(manifest['commit'] or 'unknown')[:12]}"
+    lines = [f"## {TITLES[name]}", "", f"`{result['command']}`  ", f"{manifest['time'][:10]}, commit {(manifest['commit'] or 'unknown')[:12]}"
              f"{'+' if (manifest['commit'] or '').endswith('+') else ''}, {machine}, torch {manifest['versions']['torch']}", "", body, "",
              "<details><summary>JSON</summary>", "", "```json", json.dumps(result, ensure_ascii=False), "```", "", "</details>"]
     runtime.atomic_write(path, replace_section(text, name, "\n".join(lines)))
@@ -417,6 +417,10 @@ PARTS = {
     "watermark": Part("Watermark", bench_watermark, "data split codec", 100, benchmark_watermark.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),
 }
+# sections that experiments/ write, after the parts'
+EXPERIMENTS = {"h1": "H1: do the voice tokens carry meaning?", "h2": "H2: does remembering how it was said keep a character?",
+               "h3": "H3: does cross-attention beat a pipeline?", "scaling": "Scaling"}
+TITLES = {name: part.title for name, part in PARTS.items()} | EXPERIMENTS
 
 
 def build_parser() -> config.Parser:

@@ -498,11 +498,3 @@ def serve_body(result: dict) -> str:
         parts.append(f"{f['requests']} malformed requests and {f['answers'].get('frames', {}).get('frames sent', 0)} WebSocket frames: {f['failed_inside']} failures inside the server, {f['hangs']} hangs, "
                      f"{show(f['places_taken_after'], 0)} places still taken after it; memory {show(f['memory_before_mb'], 0)} MB before, {show(f['memory_after_mb'], 0)} MB after.")
     return "\n\n".join(parts)
-
-
-def add_flags(part) -> None:
-    part.add_argument("--sessions", default="1,2,4,8", help="clients at once; default 1,2,4,8")
-    part.add_argument("--seconds", type=float, default=30.0, help="of every level of streams; default 30")
-    part.add_argument("--talks", type=int, default=4, help="spoken turns of every conversation; 0: none; default 4")
-    part.add_argument("--ends", type=int, default=60, help="turns of which the end is looked for; 0: none; default 60")
-    part.add_argument("--malformed", type=int, default=10_000, help="malformed requests and frames; 0: none; default 10000")
