@@ -155,6 +155,7 @@ class Reply:
     reported: int | None = None            # samples that the listener says were played
     stopped_at: int = 0                    # samples played when it was stopped, estimated
     underruns: int = 0                     # pieces that came when all before them had been played
+    marker: object = None                  # watermark.Marker
 
     @property
     def text(self) -> str:
@@ -206,10 +207,11 @@ class Job:
 # ----------------------------------------------------------------------------- the conversation
 
 class LiveConversation:
-    """See the module. `new_session()` gives a Session with the reply's voice set for speaker MODEL."""
+    """See the module. `new_session()` gives a Session with the reply's voice set for speaker MODEL; `marker()` a watermark.Marker for one reply, or None."""
 
     def __init__(self, new_session: Callable[[], Session], engine: BatchingEngine, responder, ears: Ears, emit: Callable, *, sample_rate: int = SAMPLE_RATE,
-                 cfg: LiveConfig | None = None, endpoint: EndpointConfig | None = None, vad=None):
+                 cfg: LiveConfig | None = None, endpoint: EndpointConfig | None = None, vad=None, marker: Callable = lambda: None):
+        self.marker = marker
         self.cfg, self.engine, self.responder, self.ears, self._emit = cfg or LiveConfig(), engine, responder, ears, emit
         self.new_session, self.sample_rate, self.ear = new_session, sample_rate, Endpointer(endpoint, sample_rate, vad)
         self.session = new_session()
@@ -403,7 +405,7 @@ class LiveConversation:
         self.session.lighten()
         self.turns = number
         with self._lock:
-            reply = self._reply = Reply(number, job.at)
+            reply = self._reply = Reply(number, job.at, marker=self.marker())
         self._call(lambda: self._take_in(text, job.audio))
         self._answer(reply)
         if not reply.stopped.is_set() and self._jobs.empty():
@@ -450,6 +452,8 @@ class LiveConversation:
         if not reply.parts and not reply.stopped.is_set():
             raise ValueError("the responder gave nothing speakable: try again, or change --responder")
         if not reply.stopped.is_set():
+            if reply.marker is not None and reply.first_at is not None:
+                self._play(reply, reply.parts[-1], reply.marker.finish())
             self._send(self._done(reply))
 
     def _done(self, reply: Reply) -> dict:
@@ -468,7 +472,7 @@ class LiveConversation:
             for piece in speech:
                 if reply.stopped.is_set() or self._closed.is_set():
                     break
-                self._play(reply, part, piece)
+                self._play(reply, part, piece if reply.marker is None else reply.marker.push(piece))
             else:
                 part.whole = True
         finally:

@@ -35,6 +35,7 @@ from runtime import ROOT
 from serve_limits import Places, Rates, Refused, bearer, host_allowed, origin_allowed, same_key
 from service import Service, mood_of
 from speech_formats import MEDIA, Encoder, decode, from_pcm, wav_header
+from watermark import AI_TAGS, wav_info
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico", "/docs", "/openapi.json")          # without a key, as everything under /static/ and /docs/
 START_SECONDS = 10.0               # for the first message of a conversation, the key included
@@ -225,7 +226,7 @@ class SpeechResponse(Response):
     """Sound in pieces while it is made. Holds a place from before the first piece until the end, whoever ends it."""
 
     def __init__(self, house: House, spoken, form: str, client: str, sse: bool = False):
-        super().__init__(media_type="text/event-stream" if sse else MEDIA[form])
+        super().__init__(media_type="text/event-stream" if sse else MEDIA[form], headers={"X-Synthetic-Speech": "true"})
         self.house, self.spoken, self.form, self.client, self.sse = house, spoken, form, client, sse
         self.stop, self.first, self.samples = threading.Event(), None, 0
 
@@ -262,7 +263,7 @@ class SpeechResponse(Response):
                     return True
             future.cancel()
             return False
-        encoder = Encoder(self.form)
+        encoder = open_encoder(self.form)
         try:
             for piece in self.spoken.pieces:
                 if self.first is None:
@@ -316,6 +317,11 @@ class SpeechResponse(Response):
         await JSONResponse(error_body("this request failed inside the server: try again", "server_error", "internal"), 500)(scope, receive, send)
 
 
+def open_encoder(form: str) -> Encoder:
+    """What comes out says of itself that it is synthetic."""
+    return Encoder(form, tags=AI_TAGS, wav_info=wav_info())
+
+
 def from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.split(",", 1)[1] if text.startswith("data:") and "," in text else text, validate=True)
@@ -325,7 +331,7 @@ def from_base64(text: str) -> bytes:
 
 def collect(house: House, spoken, form: str) -> tuple[bytes, int, float | None]:
     """Everything at once: file, samples, milliseconds to the first sound."""
-    encoder, data, samples, first = Encoder(form), b"", 0, None
+    encoder, data, samples, first = open_encoder(form), b"", 0, None
     try:
         for piece in spoken.pieces:
             if first is None:
@@ -335,7 +341,7 @@ def collect(house: House, spoken, form: str) -> tuple[bytes, int, float | None]:
             data += encoder.feed(piece)
         data += encoder.finish()
         if form == "wav":                                        # now the length is known
-            data = wav_header(samples=samples) + data[len(wav_header()):]
+            data = wav_header(samples=samples, more=wav_info()) + data[len(wav_header(more=wav_info())):]
         return data, samples, first
     finally:
         encoder.close()

@@ -37,6 +37,7 @@ class ServeConfig:
     max_voices: int = 4                    # uploaded in one conversation
     stall_seconds: float = 20.0            # a listener who takes nothing for so long is given up
     grace_seconds: float = 30.0            # for turns to finish at the end
+    watermark: bool = False                # an inaudible mark in all that is said (watermark.py finds it); that it is synthetic stands in the metadata in any case
 
     def __post_init__(self):
         def require(good, message):

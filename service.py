@@ -19,6 +19,7 @@ from live import MODEL, NAMES, USER, Ears, LiveConversation, sentences
 from runtime import ROOT
 from serve_limits import Refused, ServeConfig
 from speech_formats import decode
+from watermark import Marker
 
 # OpenAI's names, so that programs which know no others can speak: they are names here, and no likeness.
 ALIASES = {"alloy": "alba", "nova": "alba", "shimmer": "greta", "coral": "greta", "sage": "ida", "ballad": "ida", "echo": "emil", "onyx": "emil", "ash": "fritz",
@@ -161,7 +162,11 @@ class Service:
         started = time.perf_counter()
         arguments = voice if isinstance(voice, dict) else getattr(self.voice(voice), "arguments", None)
         words: list[str] = []
-        return Spoken(self._pieces(text, arguments, speaker, mood, reply, words, seed, temperature), words, started)
+        return Spoken(marked(self._pieces(text, arguments, speaker, mood, reply, words, seed, temperature), self.marker()), words, started)
+
+    def marker(self) -> Marker | None:
+        """Of one stream, where the server marks what it says."""
+        return Marker() if self.cfg.watermark else None
 
     def _pieces(self, text, voice, speaker, mood, reply, words, seed, temperature) -> Iterator[np.ndarray]:
         session = self.session(voice, speaker, seed=seed, temperature=temperature)
@@ -188,7 +193,20 @@ class Service:
         """A live conversation. Slow: in a thread of the caller."""
         arguments = getattr(self.voice(voice), "arguments", None)
         return LiveConversation(lambda: self.session(arguments), self.engine, self.responder, self.ears, emit,
-                                sample_rate=sample_rate, cfg=self.live_cfg, endpoint=self.endpoint)
+                                sample_rate=sample_rate, cfg=self.live_cfg, endpoint=self.endpoint, marker=self.marker)
+
+
+def marked(pieces, marker: Marker | None):
+    """The same sound with the marker's mark; unchanged without one."""
+    try:
+        for piece in pieces:
+            piece = piece if marker is None else marker.push(piece)
+            if len(piece):
+                yield piece
+        if marker is not None:
+            yield marker.finish()
+    finally:
+        pieces.close()
 
 
 def mood_of(instructions: str | None) -> str | None:

@@ -19,7 +19,7 @@ from audio_io import SAMPLE_RATE, resample
 
 MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "opus": "audio/ogg", "mp3": "audio/mpeg", "aac": "audio/aac", "flac": "audio/flac"}
 # container, codec, sample format, options of the container
-CODECS = {"opus": ("ogg", "libopus", "flt", {"page_duration": "20000"}), "mp3": ("mp3", "libmp3lame", "fltp", {"write_xing": "0", "id3v2_version": "0"}),
+CODECS = {"opus": ("ogg", "libopus", "flt", {"page_duration": "20000"}), "mp3": ("mp3", "libmp3lame", "fltp", {"write_xing": "0", "id3v2_version": "4"}),
           "aac": ("adts", "aac", "fltp", {}), "flac": ("flac", "flac", "s16", {})}
 READABLE = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "RF64", "AIFF")
 
@@ -34,11 +34,11 @@ def from_pcm(data: bytes) -> np.ndarray:
     return np.frombuffer(data[:len(data) // 2 * 2], dtype="<i2").astype(np.int16)
 
 
-def wav_header(rate: int = SAMPLE_RATE, samples: int | None = None) -> bytes:
-    """44 bytes of a 16 bit mono WAV; without `samples` the sizes say "until the end", as streams do."""
+def wav_header(rate: int = SAMPLE_RATE, samples: int | None = None, more: bytes = b"") -> bytes:
+    """44 bytes of a 16 bit mono WAV, and `more` chunks in them; without `samples` the sizes say "until the end", as streams do."""
     size = 0xFFFFFFFF if samples is None else 2 * samples
-    riff = 0xFFFFFFFF if samples is None else 36 + size
-    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", size)
+    riff = 0xFFFFFFFF if samples is None else 36 + len(more) + size
+    return struct.pack("<4sI4s4sIHHIIHH", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16) + more + struct.pack("<4sI", b"data", size)
 
 
 def wav_bytes(audio: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
@@ -46,12 +46,16 @@ def wav_bytes(audio: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
 
 
 class Encoder:
-    """One stream of sound. ValueError for a format that is not in MEDIA."""
+    """One stream of sound. tags: what the file says of itself (title, comment), where its format can; wav_info: the same as a chunk for WAV.
 
-    def __init__(self, form: str, rate: int = SAMPLE_RATE):
+    ValueError for a format that is not in MEDIA.
+    """
+
+    def __init__(self, form: str, rate: int = SAMPLE_RATE, tags: dict | None = None, wav_info: bytes = b""):
         if form not in MEDIA:
             raise ValueError(f"response_format {form!r} is not known: use one of {', '.join(MEDIA)}")
         self.form, self.rate, self._begun, self._sink, self._pts = form, rate, False, _Sink(), 0
+        self.tags, self.wav_info = tags or {}, wav_info
         self._container = self._stream = None
         if form in CODECS:
             self._open()
@@ -62,11 +66,12 @@ class Encoder:
         self._container = av.open(self._sink, "w", format=container, options=options | {"flush_packets": "1"})
         self._stream = self._container.add_stream(codec, rate=self.rate)
         self._stream.layout, self._stream.format = "mono", sample_format
+        self._container.metadata.update(self.tags)
 
     def feed(self, audio: np.ndarray) -> bytes:
         """float32 (n,) -> the bytes that are ready, maybe none."""
         if self._stream is None:
-            head = b"" if self._begun or self.form == "pcm" else wav_header(self.rate)
+            head = b"" if self._begun or self.form == "pcm" else wav_header(self.rate, more=self.wav_info)
             self._begun = True
             return head + to_pcm(audio)
         import av
@@ -81,7 +86,7 @@ class Encoder:
     def finish(self) -> bytes:
         """What is left; of a WAV that was fed nothing, its header."""
         if self._stream is None:
-            return b"" if self._begun or self.form == "pcm" else wav_header(self.rate, 0)
+            return b"" if self._begun or self.form == "pcm" else wav_header(self.rate, 0, self.wav_info)
         self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._sink.take()

@@ -62,6 +62,14 @@ def test_nothing_fed_and_nothing_finished_leave_nothing_open(form):
     half.close()
 
 
+@pytest.mark.parametrize("form", ["opus", "mp3", "flac"])
+def test_a_stream_can_say_what_it_is(form):
+    out = Encoder(form, tags={"comment": "made by a machine"})
+    data = out.feed(TONE) + out.finish()
+    with av.open(io.BytesIO(data)) as file:
+        assert "made by a machine" in (dict(file.metadata) | dict(file.streams.audio[0].metadata)).values()
+
+
 def test_an_unknown_format_names_the_known():
     with pytest.raises(ValueError, match="wav, pcm, opus"):
         Encoder("ogg")
