@@ -10,6 +10,8 @@ Also the way in: `decode` reads a sound file that a stranger sent, and looks at 
 """
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import struct
 
@@ -96,6 +98,13 @@ class Encoder:
         if self._container is not None:
             self._container.close()
             self._container = None
+
+
+def from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text.split(",", 1)[1] if text.startswith("data:") and "," in text else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("the recording is not base64: encode the bytes of a sound file") from None
 
 
 class _Sink:

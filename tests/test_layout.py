@@ -27,8 +27,8 @@ RANKS = {"config": 0,
          "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "responders": 8, "benchmark_watermark": 8, "train_watermark": 8,
          "pronunciation": 8, "validity": 8, "benchmark_people": 8,
          "benchmark_personal": 9, "service": 9, "evaluation_run": 9,
-         "benchmark": 10, "serve_app": 10, "evaluation_framework": 10,
-         "serve": 11, "benchmark_evaluation": 11}
+         "benchmark": 10, "serve_gate": 10, "evaluation_framework": 10,
+         "benchmark_evaluation": 11, "serve_socket": 11, "serve_app": 12, "serve": 13}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
 STANDARD_AT_IMPORT = {"config", "runtime", "setup_environment", "run_experiment"}
