@@ -26,7 +26,7 @@ RANKS = {"config": 0,
          "train": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine": 8,
          "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "responders": 8, "benchmark_watermark": 8, "train_watermark": 8,
          "pronunciation": 8, "validity": 8, "benchmark_people": 8,
-         "benchmark_personal": 9, "service": 9, "evaluation_run": 9,
+         "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
          "serve_app": 10, "evaluation_framework": 10,
          "serve": 11, "benchmark_evaluation": 11,
          "benchmark": 12}
