@@ -6,6 +6,7 @@
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
+    python benchmark.py engine        how many conversations at once, and how soon after the user's last word?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
@@ -26,12 +27,13 @@ from pathlib import Path
 
 import config
 from benchmark_codec import bench_codec, codec_body
+from benchmark_engine import LONG as LONG_TURNS, SESSIONS
 from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
-TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "engine": "Many conversations at once", "train": "Training step"}
+TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8, "engine": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
 
@@ -251,6 +253,13 @@ def bench_speed(args) -> tuple[dict, str]:
                            f"{show(result['prepare_ms']['p50'], 0)} ms. {result['parameters'] / 1e6:.1f} M parameters, peak memory {show(result['peak_memory_mb'], 0)} MB.")
 
 
+def bench_engine(args) -> tuple[dict, str]:
+    """Many conversations on one model at once, hearing while the other speaks, and what a long conversation costs."""
+    import benchmark_engine
+    talker = load_talker(args)
+    return benchmark_engine.bench_engine(args, talker, weights_name(talker[3]))
+
+
 # ----------------------------------------------------------------------------- model cards
 
 VOICES = ("The speech in the training data is synthetic: hibari-tts (Apache-2.0, distilled from Kokoro-82M, Apache-2.0) and Kokoro-82M's style tables and weights as packaged in "
@@ -358,13 +367,13 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "engine": bench_engine, "train": bench_train}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "engine", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|engine|train|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -375,9 +384,9 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "speed", "engine", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
-        if name in ("codec", "voice", "speed", "train", "inspect"):
+        if name in ("codec", "voice", "speed", "engine", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             part.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch chooses (default)")
         if name == "tokens":
@@ -390,7 +399,7 @@ def build_parser() -> config.Parser:
             part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, measured besides")
             part.add_argument("--transcripts", default="", metavar="FILE", help="what they say: lines `name: text` (or tab, or |), plain or .gz; default NAME.txt beside each")
             part.add_argument("--prompts", type=int, default=200, help="recordings at most; default 200")
-        if name in ("voice", "speed", "inspect"):
+        if name in ("voice", "speed", "engine", "inspect"):
             part.add_argument("--checkpoint", default="", help="weights; default the newest of checkpoints/best_model.pt, else pretrained/nano")
         if name == "voice":
             config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
@@ -398,6 +407,10 @@ def build_parser() -> config.Parser:
             part.add_argument("--sets", type=int, default=SETS, help=f"utterances of each special set (numbers, names, ...); 0: none; default {SETS}")
             part.add_argument("--long", type=int, default=LONG, help=f"turns of the long conversation; 0: none; default {LONG}")
             part.add_argument("--listen", type=int, default=LISTEN, help=f"turns that the model writes down; 0: none; default {LISTEN}")
+        if name == "engine":
+            part.add_argument("--sessions", default=SESSIONS, help=f"numbers of conversations at once; default {SESSIONS}")
+            part.add_argument("--repeats", type=int, default=2, help="runs of each; default 2")
+            part.add_argument("--long", type=int, default=LONG_TURNS, help=f"turns of the long conversations; 0: none; default {LONG_TURNS}")
         if name in ("voice", "inspect"):
             part.add_argument("--save", default=f"outputs/benchmark/{name}", help=f"folder for what was {'said' if name == 'voice' else 'drawn'}; default outputs/benchmark/{name}")
         if name == "train":

@@ -72,6 +72,7 @@ COMMANDS = {
     "python benchmark.py tokens": ("--turns 2 --train_turns 20 --probe_turns 2 --steps 3 --model_steps 10 --results outputs/R.md", ""),
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py engine": ("--turns 2 --sessions 1,2 --repeats 1 --long 16 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
