@@ -14,16 +14,18 @@ from measuring import percentiles, pick_turns, show, sound_of, table
 SESSIONS, LONG = "1,2,4,8", 200            # defaults of --sessions, --long
 STAGGER = 0.3                              # seconds between newcomers in the run in which they join
 LONG_TEXTS = ("so it goes on and on.", "yes, and then some more.")
+BEFORE = 6                                 # turns before those that are timed
 EARLY = 8                                  # turns from this one on are compared with the last ones: before it the window is not yet full
 
 
 # ----------------------------------------------------------------------------- many at once
 
 def waiting_session(talker, sampling, cold: bool):
-    """A session with one earlier turn; cold: its window is to be filled when it speaks."""
+    """A session in the midst of a conversation, its window full; cold: the window is to be filled when it speaks."""
     from generation import Session
     session = Session(*talker[:3], sampling)
-    session.add_turn(0, "good morning, and how are you today?")
+    for number in range(BEFORE):
+        session.add_turn(1 - number % 2, LONG_TEXTS[number % 2])
     session.prepare(1)
     if cold:
         session.rest()
