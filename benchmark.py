@@ -11,6 +11,7 @@
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
+    python benchmark.py engine        how many conversations at once, and how soon after the user's last word?
     python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
     python benchmark.py watermark     is the mark found, is it found where there is none, can it be heard?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_engine
 import benchmark_evaluation
 import benchmark_fast
 import benchmark_latency
@@ -366,6 +368,12 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_engine(args) -> tuple[dict, str]:
+    """Many conversations on one model at once, hearing while the other speaks, and what a long conversation costs."""
+    talker = load_talker(args)
+    return benchmark_engine.bench_engine(args, talker, weights_name(talker[3]))
+
+
 def bench_latency(args) -> tuple[dict, str]:
     """The race: our model and its variants, transformers' CSM, the classic pipeline, other token orders; first sound, speed, memory, words."""
     import demo
@@ -416,6 +424,7 @@ PARTS = {
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
+    "engine": Part("Many conversations at once", bench_engine, MODEL, 8, benchmark_engine.add_flags),
     "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 600, benchmark_serve.add_flags),
     "watermark": Part("Watermark", bench_watermark, "data split codec", 100, benchmark_watermark.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),

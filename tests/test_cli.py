@@ -83,6 +83,7 @@ COMMANDS = {
     "python watermark.py detect outputs/marked.wav": ("", ""),
     "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
     "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
+    "python benchmark.py engine": ("--turns 2 --sessions 1,2 --repeats 1 --long 16 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
     "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
