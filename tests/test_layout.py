@@ -19,7 +19,7 @@ RANKS = {"config": 0,
          "architecture": 4,
          "checkpoint": 5, "quantisation": 5, "depth_graph": 5, "synthetic_conversations": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "judges": 6, "lora": 6,
-         "measuring": 7, "speculative": 7, "recordings": 7, "codec_data": 7, "demo": 7, "report": 7, "draw_codes": 7,
+         "speculative": 6.5, "measuring": 7, "recordings": 7, "codec_data": 7, "demo": 7, "report": 7, "draw_codes": 7,
          "train": 8, "train_codec": 8,
          "benchmark_codec": 8, "benchmark_fast": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark": 9}
 # Outside the ranks: standard library only, and these rooms.
