@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from additions import Positions
-from architecture import CSM, DecodeState, FoldedDepth, FrameBatch
+from architecture import CSM, DecodeState, FrameBatch
 from config import ModelConfig, SamplingConfig
 from generation import _only_text, _run_on, draw_codes
 from quantisation import depth_products
