@@ -276,10 +276,16 @@ def fast_body(result: dict) -> str:
                   + ("variants timed in turns" if found["interleaved"] else "variants timed one after another") + "; " + attention_line(result["attention"][size]), "",
                   table(["frame", "ms", "times faster", "processor ms", "depth decoder ms", "backbone ms", "real-time factor without codec", "MB of weights read", "floor ms", "greedy codes equal"],
                         [[LABELS[name], show(v["ms"]), show(v["times_faster"]), show(v["cpu_ms"]), show(v["depth_ms"]), show(v["backbone_ms"]), show(v["ms"] / 80), show(v["bytes"]["steps"] / 1e6, 0),
-                          f"{v['floor_ms']['cached']:.2f} to {v['floor_ms']['steps']:.2f}", show(v["equal_codes"], 3, True)] for name, v in found["variants"].items()]), ""]
+                          f"{v['floor_ms']['cached']:.2f} to {v['floor_ms']['steps']:.2f}", show(v["equal_codes"], 3, True)] for name, v in found["variants"].items()]), "", *drafts_line(found["variants"])]
     if "speculative" in result:
         lines += [speculative_body(result["speculative"]), "", quality_body(result["quality"])]
     return "\n".join(lines)
+
+
+def drafts_line(variants: dict) -> list[str]:
+    """How far the drafts went; random weights are sure of nothing, so that their greedy codes change with the smallest rounding."""
+    tally = variants.get("speculative", {}).get("tally")
+    return [f"Of the drafted codes {show(tally['acceptance'], 2, True)} were kept, with {tally['passes'] / tally['frames']:.2f} checks a frame.", ""] if tally else []
 
 
 def attention_line(chosen: dict) -> str:

@@ -141,7 +141,7 @@ def choose_attention(device, heads: int, kv_heads: int, head_dim: int, positions
     """Time PyTorch's attention backends on this device at a model's shape, switch on what is fastest and off what is slower; {"backend", "ms"}.
 
     One new position among `positions` and a prefill of as many, the two shapes of talking, count alike (geometric mean).
-    A backend that cannot do these shapes is left out; "math" stays on, since masks of some kinds have nothing else.
+    A backend that cannot do these shapes is left out; "math" stays on: some masks have nothing else.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -161,7 +161,7 @@ def choose_attention(device, heads: int, kv_heads: int, head_dim: int, positions
     if "flash" in speed and speed[best] < 1.2 * speed["flash"]:                # torch's own first choice: noise must not change what a seed gives
         best = "flash"
     torch.backends.cuda.enable_flash_sdp(best == "flash")                      # these switches hold for the CPU as well
-    torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
+    torch.backends.cuda.enable_mem_efficient_sdp(best != "math")               # the one that takes masks on a GPU
     ATTENTION.update(device=str(device), shape=[heads, kv_heads, head_dim, positions], backend=best, ms=found)
     return ATTENTION
 
