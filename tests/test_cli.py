@@ -44,6 +44,10 @@ COMMANDS = {
     "python demo.py --voice my_voice.wav": ("--max_seconds 1 --output outputs/voice", "Hello there.\n/reset\n/quit\n"),
     "python demo.py --mode test": ("--max_seconds 0.5 --output outputs/test", ""),
     "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
+    "python demo.py --precision int8": ("--max_seconds 1 --output outputs/int8", "Hello there.\n/quit\n"),
+    "python demo.py --compile_depth": ("--max_seconds 1 --output outputs/compiled", "Hello there.\n/quit\n"),
+    "python demo.py --speculative auto": ("--max_seconds 1 --output outputs/drafted", "Hello there.\n/quit\n"),
+    "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano-int8 --quantise int8": ("", ""),
     "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
     "python collect_data.py --target_hours 1 --texts my_texts.txt --output data/readings": ("--target_hours 0.004 --engine hibari --workers 1", ""),
     "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
@@ -84,6 +88,7 @@ COMMANDS = {
     "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
     "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py engine": ("--turns 2 --sessions 1,2 --repeats 1 --long 16 --results outputs/R.md", ""),
+    "python benchmark.py fast": ("--turns 2 --sentences 1 --frames 3 --sizes nano --variants plain,int8,speculative --checkpoint checkpoints/best_model.pt --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
     "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
