@@ -21,12 +21,12 @@ RANKS = {"config": 0,
          "data_report": 5, "people": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "lora": 6, "listening": 6, "classic_pipeline": 6, "corruptions": 6,
          "prosody": 6,
-         "measuring": 7, "recordings": 7, "codec_data": 7, "demo": 7, "report": 7, "draw_codes": 7, "batching": 7, "speculative": 7, "racers": 7,
-         "conversation_metrics": 7, "evaluation_page": 7,
-         "train": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine": 8,
-         "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "responders": 8, "benchmark_watermark": 8, "train_watermark": 8,
-         "pronunciation": 8, "validity": 8, "benchmark_people": 8,
-         "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
+         "measuring": 7, "recordings": 7, "codec_data": 7, "report": 7, "draw_codes": 7, "batching": 7, "speculative": 7, "racers": 7, "conversation_metrics":
+         7, "evaluation_page": 7,
+         "demo": 8, "train": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
+         8, "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "benchmark_watermark": 8, "train_watermark": 8, "pronunciation": 8,
+         "validity": 8,
+         "responders": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
          "serve_app": 10, "evaluation_framework": 10,
          "serve": 11, "benchmark_evaluation": 11,
          "benchmark": 12}
