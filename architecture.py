@@ -413,17 +413,23 @@ class CSM(nn.Module):
             runs = plan_runs(self.cfg, seen, reading, start)
             if runs is not None:
                 runs.read = self.reader(runs.tokens, runs.filled)
-            if only_voice and runs is not None and runs.queries.shape[0] == state.batch:
+            if state is not None:
+                state.runs = runs if self._goes_on(runs, only_voice, state.batch, reading.shape[1]) else None
+            if state is not None and state.runs is not None:
                 runs.keys = [read.prepare(runs.read) for read in self.read_text]
-                state.runs = runs
-            elif state is not None:
-                state.runs = None
             return runs
         # the voice goes on over the same text: only the queries and the reading position are new
         B, S = reading.shape
         everyone = torch.arange(B * S, device=reading.device)
         sight = sight_rows(self.cfg, reading, state.runs.filled.shape[1])
         return Runs(Packing(everyone, everyone, (B, S)), state.runs.tokens, state.runs.filled, sight, state.runs.read, state.runs.keys)
+
+    @staticmethod
+    def _goes_on(runs: Runs | None, only_voice: bool, batch: int, S: int) -> bool:
+        """Whether a voice position that comes next reads the same text: kept then, so that it is not read again."""
+        if runs is None or runs.queries.shape[0] != batch:
+            return False
+        return only_voice or (batch == 1 and int(runs.queries.flat[-1]) == S - 1)
 
     def compile_blocks(self, **options) -> None:
         """torch.compile every block of both stacks, each one graph. The embedding and the plans stay as they are: they depend on the data."""

@@ -297,11 +297,22 @@ class Sounds:
             out |= {lane: audio[r].reshape(-1) for r, lane in enumerate(group)}
         return [out[lane] for lane in lanes]
 
+    def forget(self, lane: _SpeechLane) -> None:
+        """The lane leaves; those whose states were stacked with its own go on."""
+        for key, (lanes, state) in list(self._together.items()):
+            if lane in lanes:
+                self._spread(lanes, state)
+                del self._together[key]
+
+    @staticmethod
+    def _spread(lanes: list[_SpeechLane], state) -> None:
+        for r, lane in enumerate(lanes):
+            lane.sound = each_leaf(lambda x, r=r: x[r:r + 1], state)
+
     def _decode(self, key: tuple, group: list[_SpeechLane]) -> Tensor:
         before, state = self._together.get(key, ([], None))
         if before != group:
-            for r, lane in enumerate(before):
-                lane.sound = each_leaf(lambda x, r=r: x[r:r + 1], state)
+            self._spread(before, state)
             state = each_leaf(lambda *rows: torch.cat(rows), *(lane.sound for lane in group))
         audio, state = self.codec.decode_stream(torch.cat([lane.codes for lane in group]), state, key[1])
         self._together[key] = list(group), state
@@ -602,6 +613,7 @@ class BatchingEngine:
 
     def _wind_up(self, lane: _SpeechLane) -> None:
         self._speaking.remove(lane)
+        self._sounds.forget(lane)
         lane.steps, lane.after = self._ending(lane), self._end
         self._preparing.append(lane)
 
@@ -628,6 +640,7 @@ class BatchingEngine:
             lane.steps, steps = None, lane.steps
         lane.error = error
         try:
+            self._sounds.forget(lane)
             if hasattr(steps, "close"):
                 steps.close()
             lane.undo()

@@ -5,11 +5,13 @@
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
+    python benchmark.py replies       are answers on topic, and what becomes of people's voices?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
+    python benchmark.py engine        how many conversations at once, and how soon after the user's last word?
     python benchmark.py serve         how many streams and conversations does the server hold, and what does nonsense do to it?
     python benchmark.py watermark     is the mark found, is it found where there is none, can it be heard?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
@@ -33,11 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_engine
 import benchmark_evaluation
 import benchmark_fast
 import benchmark_latency
 import benchmark_model
 import benchmark_personal
+import benchmark_replies
 import benchmark_serve
 import benchmark_tokens
 import benchmark_voice
@@ -364,6 +368,12 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_engine(args) -> tuple[dict, str]:
+    """Many conversations on one model at once, hearing while the other speaks, and what a long conversation costs."""
+    talker = load_talker(args)
+    return benchmark_engine.bench_engine(args, talker, weights_name(talker[3]))
+
+
 def bench_latency(args) -> tuple[dict, str]:
     """The race: our model and its variants, transformers' CSM, the classic pipeline, other token orders; first sound, speed, memory, words."""
     import demo
@@ -408,11 +418,13 @@ PARTS = {
     "codec": Part("Codec", benchmark_codec.bench_codec, "data split codec device threads", 30, benchmark_codec.add_flags),
     "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
+    "replies": Part("Answers, and people's voices", benchmark_replies.bench_replies, MODEL, 24, benchmark_replies.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
     "evaluation": Part("Conversations", benchmark_evaluation.bench_evaluation, MODEL, 0, benchmark_evaluation.add_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),
+    "engine": Part("Many conversations at once", bench_engine, MODEL, 8, benchmark_engine.add_flags),
     "serve": Part("Server", benchmark_serve.bench_serve, MODEL, 0, benchmark_serve.add_flags),
     "watermark": Part("Watermark", bench_watermark, "data split codec", 100, benchmark_watermark.add_flags),
     "train": Part("Training step", bench_train, "device threads", 0, benchmark_model.add_flags),

@@ -24,7 +24,7 @@ VARIANTS = ("plain", "fp32", "compiled", "bf16", "int8", "int8 compiled", "int8 
 LABELS = {"plain": "float32 as loaded", "fp32": "float32, laid out for one row", "compiled": "float32, depth decoder one graph", "bf16": "bfloat16", "int8": "**int8**",
           "int8 compiled": "int8, depth decoder one graph", "int8 activations": "int8, activations in 8 bits too", "int4-depth": "int8, depth decoder int4",
           "speculative": "float32, codes drafted in int8"}
-TRAINED, CONTEXT, SPOKEN = "nano", 200, 6      # size with weights; positions before the timed frame; sentences of the speculative part
+TRAINED, CONTEXT, SENTENCES = "nano", 200, 8   # size with weights; positions before the timed frame; sentences of the speculative part
 READ = 2 ** 28                   # numbers read to measure the bandwidth (1 GiB)
 BITS = {"bf16": (16, 16), "int8": (8, 8), "int8 compiled": (8, 8), "int8 activations": (8, 8), "int4-depth": (8, 5)}      # backbone, depth decoder (int4 with its scales)
 
@@ -99,16 +99,16 @@ class Frame:
             self.hidden = model(rows, state=self.state)[0, -(CONTEXT // 2):]
 
     def __call__(self, number: int) -> tuple[list[int], dict]:
-        """Codes after hidden state `number`, and seconds of the depth decoder and the backbone."""
+        """Codes after hidden state `number`, and seconds of the depth decoder and the backbone, and of processor time for both."""
         import torch
         from generation import audio_rows, decode_frame
         model, state = self.model, copy.copy(self.state)
         with torch.inference_mode():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             tokens = decode_frame(model, self.hidden[number % len(self.hidden)], model.cfg.audio_vocab - model.cfg.code_offset, self.sampling, None, False)
             middle = time.perf_counter()
             model(audio_rows(tokens.view(-1, 1), model.cfg, 0, [0]), state=state)
-        return tokens.tolist(), {"depth": middle - start, "backbone": time.perf_counter() - middle}
+        return tokens.tolist(), {"depth": middle - start, "backbone": time.perf_counter() - middle, "cpu": time.process_time() - busy}
 
 
 def time_size(size: str, args, speed: float) -> dict:
@@ -143,52 +143,64 @@ def time_size(size: str, args, speed: float) -> dict:
 
 def variant_result(model, seconds: list[dict]) -> dict:
     import numpy as np
-    depth, backbone = (1000 * np.array([s[k] for s in seconds]) for k in ("depth", "backbone"))
+    depth, backbone, cpu = (1000 * np.array([s[k] for s in seconds]) for k in ("depth", "backbone", "cpu"))
     spoken = getattr(model.frame_codes, "tally", None)
-    return {"ms": float(np.median(depth + backbone)), "best_ms": float(np.min(depth + backbone)), "depth_ms": float(np.median(depth)), "backbone_ms": float(np.median(backbone)),
+    return {"ms": float(np.median(depth + backbone)), "best_ms": float(np.min(depth + backbone)), "cpu_ms": float(np.median(cpu)), "depth_ms": float(np.median(depth)), "backbone_ms": float(np.median(backbone)),
             "tally": vars(spoken) | {"acceptance": spoken.acceptance} if spoken else None}
 
 
 # ----------------------------------------------------------------------------- speculative decoding of speech and text
 
-def say_all(args, texts: list[str], draft: str, codec) -> dict:
-    """Each sentence said twice in one conversation, once new and once said before: acceptance and milliseconds per frame of both."""
+def say_all(args, texts: list[str], codec) -> dict:
+    """Each sentence said twice in one conversation, once new and once said before, with each draft in turns: acceptance and milliseconds per frame."""
+    import speculative
+    from generation import Session
+    from text_tokenizer import load_tokenizer
+    from tqdm import tqdm
+    sessions, rows = {}, []
+    for draft in ("plain", "int8", "phrases"):
+        model = build(TRAINED, args)
+        if draft != "plain":
+            speculative.speculate(model, draft)
+        sessions[draft] = Session(model, codec, load_tokenizer(model.cfg.tokenizer), config.SamplingConfig(seed=args.seed))
+    for number, text in enumerate(tqdm(texts + texts, desc="speech", unit="sentence")):
+        for draft, session in sessions.items():
+            spoken = session.model.frame_codes
+            before = dict(vars(spoken.tally)) if spoken else {}
+            turn = session.say(0, text)
+            rows.append({"draft": draft, "kind": "new" if number < len(texts) else "said before", "made": turn.num_frames, "ms": turn.total_ms}
+                        | ({k: v - before[k] for k, v in vars(spoken.tally).items()} if spoken else {}))
+    return {draft: {kind: speech_result([r for r in rows if (r["draft"], r["kind"]) == (draft, kind)]) for kind in ("new", "said before")} for draft in sessions}
+
+
+def speech_result(rows: list[dict]) -> dict:
+    def total(key):
+        return sum(r.get(key, 0) for r in rows)
+    drafted = total("drafted") > 0
+    return {"frames": total("made") if not drafted else total("frames"), "ms_per_frame": total("ms") / max(1, total("frames") if drafted else total("made")),
+            "acceptance": total("kept") / total("drafted") if drafted else None, "whole_frames": total("whole") / total("frames") if drafted else None}
+
+
+def write_all(args, texts: list[str], temperature: float, codec) -> dict:
+    """Replies of the text head to each sentence, plain and with drafts looked up, in turns: milliseconds per byte, acceptance, bytes per pass."""
     import speculative
     from generation import Session
     from text_tokenizer import load_tokenizer
     model = build(TRAINED, args)
-    if draft:
-        speculative.speculate(model, draft)
-    session, out = Session(model, codec, load_tokenizer(model.cfg.tokenizer), config.SamplingConfig(seed=args.seed)), {}
-    for kind in ("new", "said before"):
-        if draft:
-            model.frame_codes.tally = speculative.Tally()
-        turns = [session.say(0, text) for text in texts]
-        tally = model.frame_codes.tally if draft else None
-        frames = sum(t.num_frames for t in turns)
-        out[kind] = {"frames": frames, "ms_per_frame": sum(t.total_ms for t in turns) / frames,
-                     "acceptance": tally.acceptance if draft else None, "whole_frames": tally.whole / tally.frames if draft else None}
-    return out
-
-
-def write_all(args, texts: list[str], corpus: list[str] | None, temperature: float, codec) -> dict:
-    """Replies of the text head to each sentence, plain and looked up (corpus None: plain): milliseconds per byte, acceptance, bytes per pass."""
-    import speculative
-    from generation import Session
-    from text_tokenizer import load_tokenizer
-    model, count, taken, tally = build(TRAINED, args), 0, 0.0, None
     tokenizer = load_tokenizer(model.cfg.tokenizer)
-    write = None if corpus is None else speculative.TextLookup(tokenizer, corpus)
+    writers = {"plain": None, "from the written dialogues": speculative.TextLookup(tokenizer, written()), "from its own replies alone": speculative.TextLookup(tokenizer)}
+    found = {name: {"bytes": 0, "seconds": 0.0} for name in writers}
     for number, text in enumerate(texts):
-        session = Session(model, codec, tokenizer, config.SamplingConfig(seed=args.seed + number, text_temperature=temperature))
-        session.write = write or session.write
-        session.add_turn(0, text)
-        session.prepare()
-        start = time.perf_counter()
-        count += len(session.reply_text(1)) + 1
-        taken += time.perf_counter() - start
-    tally = write.tally if write else None
-    return {"bytes": count, "ms_per_byte": 1000 * taken / count, "acceptance": tally.acceptance if tally else None, "bytes_per_pass": tally.made / tally.passes if tally else None}
+        for name, writer in writers.items():
+            session = Session(model, codec, tokenizer, config.SamplingConfig(seed=args.seed + number, text_temperature=temperature))
+            session.write = writer or session.write
+            session.add_turn(0, text)
+            session.prepare()
+            start = time.perf_counter()
+            found[name]["bytes"] += len(session.reply_text(1)) + 1
+            found[name]["seconds"] += time.perf_counter() - start
+    return {name: {"bytes": f["bytes"], "ms_per_byte": 1000 * f["seconds"] / f["bytes"], "acceptance": writers[name].tally.acceptance if writers[name] else None,
+                   "bytes_per_pass": writers[name].tally.made / writers[name].tally.passes if writers[name] else None} for name, f in found.items()}
 
 
 def written() -> list[str]:
@@ -201,15 +213,8 @@ def written() -> list[str]:
 
 def bench_speculative(args, codec) -> dict:
     """Speech with each draft, and text by lookup."""
-    from tqdm import tqdm
-    texts = [turns[i]["text"] for turns, i in pick_turns(args.data, args.split, SPOKEN, args.seed)]
-    corpus, found = written(), {"speech": {}, "text": {}}
-    for draft in tqdm(("", "int8", "phrases"), desc="speech", unit="draft"):
-        found["speech"][draft or "plain"] = say_all(args, texts, draft, codec)
-    for temperature in (0.0, config.SamplingConfig.text_temperature):
-        for kind, known in (("plain", None), ("from the written dialogues", corpus), ("from nothing but its own", [])):
-            found["text"][f"{kind}, temperature {temperature:g}"] = write_all(args, texts, known, temperature, codec)
-    return found
+    texts = [turns[i]["text"] for turns, i in pick_turns(args.data, args.split, args.sentences, args.seed)]
+    return {"speech": say_all(args, texts, codec), "text": {f"temperature {t:g}": write_all(args, texts, t, codec) for t in (0.0, config.SamplingConfig.text_temperature)}}
 
 
 # ----------------------------------------------------------------------------- quality
@@ -248,12 +253,15 @@ def bench_quality(args, codec) -> dict:
 def bench_fast(args) -> tuple[dict, str]:
     """Milliseconds of a frame in every precision, compiled and speculative, beside its floor; what int8 does to the voice."""
     import checkpoint
+    import runtime
     sizes = [s for s in args.sizes.split(",") if s]
     unknown = [s for s in sizes if s not in SIZES] + [v for v in args.variants.split(",") if v not in VARIANTS]
     if unknown or args.frames < 3 or "plain" not in args.variants.split(","):
         raise ValueError(f"--sizes {args.sizes} --variants {args.variants} --frames {args.frames}: sizes of {','.join(SIZES)}; plain and others of {','.join(VARIANTS)}; at least 3 frames")
     speed, codec = bandwidth(), checkpoint.load_codec(args.codec)
-    result = {"read_gb_per_s": speed / 1e9, "sizes": {size: time_size(size, args, speed) for size in sizes}}
+    shapes = [config.model_preset(size).backbone for size in sizes]
+    attention = [copy.deepcopy(runtime.choose_attention("cpu", b.heads, b.kv_heads, b.head_dim)) for b in shapes]
+    result = {"read_gb_per_s": speed / 1e9, "attention": dict(zip(sizes, attention)), "sizes": {size: time_size(size, args, speed) for size in sizes}}
     if TRAINED in sizes:
         result |= {"speculative": bench_speculative(args, codec), "quality": bench_quality(args, codec)}
     return result, fast_body(result)
@@ -265,22 +273,33 @@ def fast_body(result: dict) -> str:
              "once (where it stays in a cache).", ""]
     for size, found in result["sizes"].items():
         lines += [f"**{size}**, {found['parameters'] / 1e6:,.0f} M parameters, {found['codebooks']} codebooks, {'shipped weights' if found['trained'] else 'random weights'}; "
-                  + ("variants timed in turns" if found["interleaved"] else "variants timed one after another"), "",
-                  table(["frame", "ms", "times faster", "depth decoder ms", "backbone ms", "real-time factor without codec", "MB of weights read", "floor ms", "greedy codes equal"],
-                        [[LABELS[name], show(v["ms"]), show(v["times_faster"]), show(v["depth_ms"]), show(v["backbone_ms"]), show(v["ms"] / 80), show(v["bytes"]["steps"] / 1e6, 0),
-                          f"{v['floor_ms']['cached']:.2f} to {v['floor_ms']['steps']:.2f}", show(v["equal_codes"], 3, True)] for name, v in found["variants"].items()]), ""]
+                  + ("variants timed in turns" if found["interleaved"] else "variants timed one after another") + "; " + attention_line(result["attention"][size]), "",
+                  table(["frame", "ms", "times faster", "processor ms", "depth decoder ms", "backbone ms", "real-time factor without codec", "MB of weights read", "floor ms", "greedy codes equal"],
+                        [[LABELS[name], show(v["ms"]), show(v["times_faster"]), show(v["cpu_ms"]), show(v["depth_ms"]), show(v["backbone_ms"]), show(v["ms"] / 80), show(v["bytes"]["steps"] / 1e6, 0),
+                          f"{v['floor_ms']['cached']:.2f} to {v['floor_ms']['steps']:.2f}", show(v["equal_codes"], 3, True)] for name, v in found["variants"].items()]), "", *drafts_line(found["variants"])]
     if "speculative" in result:
         lines += [speculative_body(result["speculative"]), "", quality_body(result["quality"])]
     return "\n".join(lines)
 
 
+def drafts_line(variants: dict) -> list[str]:
+    """How far the drafts went; random weights are sure of nothing, so that their greedy codes change with the smallest rounding."""
+    tally = variants.get("speculative", {}).get("tally")
+    return [f"Of the drafted codes {show(tally['acceptance'], 2, True)} were kept, with {tally['passes'] / tally['frames']:.2f} checks a frame.", ""] if tally else []
+
+
+def attention_line(chosen: dict) -> str:
+    each = ", ".join(f"{name} {show(ms['one_ms'], 3)} and {show(ms['prefill_ms'])} ms" for name, ms in chosen["ms"].items())
+    return f"attention by measurement: {chosen['backend']} (one position and a prefill of {chosen['shape'][-1]}: {each})"
+
+
 def speculative_body(found: dict) -> str:
     speech = [[name, kind, str(v["frames"]), show(v["ms_per_frame"]), show(v["acceptance"], 2, True), show(v["whole_frames"], 2, True)]
               for name, kinds in found["speech"].items() for kind, v in kinds.items()]
-    text = [[name, str(v["bytes"]), show(v["ms_per_byte"]), show(v["acceptance"], 2, True), show(v["bytes_per_pass"])] for name, v in found["text"].items()]
+    text = [[heat, name, str(v["bytes"]), show(v["ms_per_byte"]), show(v["acceptance"], 2, True), show(v["bytes_per_pass"])] for heat, each in found["text"].items() for name, v in each.items()]
     return ("Speculative decoding of speech (nano; drafts of the depth decoder in int8, and of frames said before), sentences said for the first and for the second time:\n\n"
             + table(["drafts", "sentences", "frames", "ms per frame with codec", "codes kept", "frames kept whole"], speech)
-            + "\n\nReplies of the text head, drafts looked up:\n\n" + table(["drafts", "bytes", "ms per byte", "bytes kept", "bytes per pass"], text))
+            + "\n\nReplies of the text head, drafts looked up:\n\n" + table(["replies", "drafts", "bytes", "ms per byte", "bytes kept", "bytes per pass"], text))
 
 
 def quality_body(q: dict) -> str:
@@ -293,3 +312,4 @@ def add_flags(part) -> None:
     part.add_argument("--sizes", default="nano,tiny", help=f"presets, of {','.join(SIZES)}; default nano,tiny")
     part.add_argument("--variants", default=",".join(VARIANTS), help="default all")
     part.add_argument("--frames", type=int, default=FRAMES, help=f"timed frames of each variant; default {FRAMES}")
+    part.add_argument("--sentences", type=int, default=SENTENCES, help=f"sentences of the speculative part; default {SENTENCES}")

@@ -42,9 +42,9 @@ class Row:
     judged: bool = False         # what it says is transcribed
 
 
-def our_rows(size: str, heat: str, judged: bool, spec: dict) -> list[Row]:
+def our_rows(size: str, heat: str, judged: bool, spec: dict, variants=VARIANTS) -> list[Row]:
     return [Row(size if variant == "plain" else f"{size} {variant}", heat, "ours", spec | {"variant": variant}, judged=judged)
-            for variant in VARIANTS]
+            for variant in variants]
 
 
 def csm_rows(size: str, label: str) -> list[Row]:
@@ -63,12 +63,13 @@ ROWS = [
     Row("nano, Whisper and written replies", "answer", "ours", {"reply": "written"}, "answer", True),
     Row("pipeline with hibari", "answer", "classic", {"tts": "hibari"}, "answer", True), Row("pipeline with Kokoro", "answer", "classic", {"tts": "kokoro"}, "answer", True),
     *csm_rows("csm-nano", "CSM 8x384 + 3x256"), *csm_rows("csm-tiny", "CSM 18x1024 + 4x512"),
-    *(row for size in ("tiny", "blog", "small") for row in our_rows(size, "sizes", False, {"size": size})),
+    *our_rows("tiny", "sizes", False, {"size": "tiny"}), *our_rows("blog", "sizes", False, {"size": "blog"}), *our_rows("small", "sizes", False, {"size": "small"}, ("plain", "int8")),
     Row("nano, turn after turn", "long", "ours", {}, "paired"),
 ]
 HEATS = {"speak": "from a text", "answer": "from the user's sound", "csm": "beside transformers' CSM", "sizes": "larger sizes, random weights", "long": "a long conversation"}
 NOT_QUICK = ("tiny", "blog", "small", "CSM 18x1024", "Kokoro", "pipeline with Kokoro", "order: AudioLM")
-LARGE = ("small",)               # few frames, few items
+LARGE = ("small",)               # few frames, few items, a row at a time
+WARM = {"speak": 2, "answer": 2}         # untimed items of a heat, elsewhere one
 
 
 # ----------------------------------------------------------------------------- processes
@@ -80,6 +81,7 @@ def serve(pipe, kind: str, spec: dict) -> None:
         os.dup2(nowhere.fileno(), 2)                                           # llama.cpp and onnxruntime talk
     try:
         import racers
+        racers.check(spec.get("variant", ""))                                  # before anything heavy is loaded
         import torch
         torch.set_num_threads(spec["threads"])
         memory = spec["tools"]["memory_mb"]
@@ -134,15 +136,15 @@ class Runner:
             self.process.join()
 
 
-def run_heat(rows: list[Row], spec: dict, items: list, warm: int = 2) -> dict[str, dict]:
-    """Row name -> {about, answers (one per item), peak_mb, error}; the first `warm` items are asked once more before, untimed."""
+def run_heat(rows: list[Row], spec: dict, items: list) -> dict[str, dict]:
+    """Row name -> {about, answers (one per item), peak_mb, error}; the first items are asked once more before, untimed."""
     from tqdm import tqdm
     runners: list[Runner] = []
     heat = rows[0].heat
     try:
         for row in tqdm(rows, desc=f"{heat}: build", unit="row"):
             runners.append(Runner(row, spec))
-        for item in items[:warm]:
+        for item in items[:WARM.get(heat, 1)]:
             for runner in runners:
                 if runner.row.ask != "paired":
                     runner.ask(runner.row.ask, item)
@@ -222,6 +224,11 @@ def heard(answers: list[dict]) -> dict | None:
     return summary(rows) if rows else None
 
 
+def after(answer: dict) -> float:
+    """From where the real-time factor counts: an answer's first sound, since what comes before is no speech yet."""
+    return answer["first_ms"] if "stages" in answer else 0.0
+
+
 def row_result(row: Row, found: dict, bandwidth: float, frame_ms: float, judge: bool) -> dict:
     """The numbers of one row; what was not measured is null."""
     about, answers = found["about"], [a for a in found["answers"] if a.get("first_ms") is not None]
@@ -231,13 +238,13 @@ def row_result(row: Row, found: dict, bandwidth: float, frame_ms: float, judge: 
         return out
     seconds = [len(a["audio"]) / 24000 for a in answers]
     out |= {"first_sound_ms": percentiles([a["first_ms"] for a in answers]), "audible_ms": percentiles([audible_ms(a) for a in answers]), "total_ms": percentiles([a["total_ms"] for a in answers]),
-            "real_time_factor": percentiles([a["total_ms"] / 1000 / s for a, s in zip(answers, seconds) if s > 0]), "seconds_of_sound": sum(seconds)}
-    if answers[0]["frames"]:
+            "real_time_factor": percentiles([(a["total_ms"] - after(a)) / 1000 / s for a, s in zip(answers, seconds) if s > 0]), "seconds_of_sound": sum(seconds)}
+    if answers[0]["frames"] and row.ask == "speak":
         frames = sum(a["frames"] for a in answers)
         own = [a["ms_per_frame"] for a in answers if "ms_per_frame" in a]
         out |= {"frames": frames, "ms_per_frame": percentiles(own)["p50"] if own else sum(a["total_ms"] for a in answers) / frames, "without_codec": bool(own),
                 "cpu_ms_per_frame": percentiles([a["cpu_ms_per_frame"] for a in answers])["p50"] if own else sum(a["cpu_ms"] for a in answers) / frames}
-    if about.get("bytes"):
+    if about.get("bytes") and row.ask == "speak":
         mb = {k: v for k, v in about["bytes"].items() if v is not None}
         less = mb.get("codec", 0.0) if out.get("without_codec") else 0.0
         out |= {"mb_per_frame": mb, "floor_ms": {k: (mb[k] - less) / 1000 / bandwidth * 1000 for k in ("once", "every_read")}}
@@ -378,7 +385,7 @@ def how_measured(result: dict) -> str:
     return (f"{result['threads']} thread{'s' * (result['threads'] != 1)} for every row; rows of a heat in turns, each in its own process (peak with its libraries). First sound: the first chunk there is to play; heard after: that and the "
             f"quiet before its first sound. The user's turn is over when its last sound has arrived: whatever decides that waits alike for all rows. \"Reply at hand\" means that its text lies ready then, as for Sesame's CSM; "
             f"\"its own reply\": the model writes down what it heard and answers, of which the first sentence is spoken. Floor: weights of a frame, each once to every time it is multiplied (depth decoder: once per codebook), "
-            f"over {show(result['bandwidth_gb_s'], 1)} GB/s measured here; caches can beat the second. The orders and sizes with random weights say nothing about quality; the orders stand without voices heard before. A pipeline's text is its language model's own, so its total is of another length.")
+            f"over {show(result['bandwidth_gb_s'], 1)} GB/s measured here; caches can beat the second. The real-time factor of an answer counts from its first sound. The orders and sizes with random weights say nothing about quality; the orders stand without voices heard before. A pipeline's text is its language model's own, so its total is of another length.")
 
 
 def write_pictures(result: dict, folder: Path) -> list[str]:
@@ -393,29 +400,30 @@ def write_pictures(result: dict, folder: Path) -> list[str]:
     rows, made = result["rows"], []
     shown = [(n, r["first_sound_ms"]) for n, r in rows.items() if r.get("first_sound_ms")]
     if shown:
-        figure, axis = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2))
-        at = range(len(shown))
-        axis.barh(at, [p["p95"] for _, p in shown], color="#c9d7e6", label="95 % of turns")
-        axis.barh(at, [p["p50"] for _, p in shown], color="#2b6cb0", height=0.5, label="median")
-        axis.set(yticks=list(at), yticklabels=[n for n, _ in shown], xscale="log", xlabel="first sound, ms")
-        made.append(finished(figure, axis, folder / "first_sound.png"))
+        figure, axis, at = empty_chart(plt, [n for n, _ in shown], "first sound, ms (dot: median; bar to 95 % of turns)")
+        axis.hlines(at, [p["p50"] for _, p in shown], [p["p95"] for _, p in shown], color="#2b6cb0", linewidth=2)
+        axis.plot([p["p50"] for _, p in shown], at, "o", color="#2b6cb0")
+        made.append(finished(figure, folder / "first_sound.png"))
     shown = [(n, r["ms_per_frame"], r["floor_ms"]) for n, r in rows.items() if r.get("floor_ms") and r.get("ms_per_frame")]
     if shown:
-        figure, axis = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2))
-        at = range(len(shown))
-        axis.barh(at, [ms for _, ms, _ in shown], color="#2b6cb0", label="measured")
-        axis.barh(at, [floor["every_read"] for *_, floor in shown], color="#f6ad55", height=0.5, label="floor, every read")
-        axis.barh(at, [floor["once"] for *_, floor in shown], color="#c05621", height=0.25, label="floor, weights once")
+        figure, axis, at = empty_chart(plt, [n for n, *_ in shown], "ms per frame of 80 ms (dot: measured; bar: floor, weights read once to every time)")
+        axis.hlines(at, [floor["once"] for *_, floor in shown], [floor["every_read"] for *_, floor in shown], color="#c05621", linewidth=4)
+        axis.plot([ms for _, ms, _ in shown], at, "o", color="#2b6cb0")
         axis.axvline(80, color="black", linewidth=0.8, linestyle=":")
-        axis.set(yticks=list(at), yticklabels=[n for n, *_ in shown], xscale="log", xlabel="ms per frame of 80 ms")
-        made.append(finished(figure, axis, folder / "frame.png"))
+        made.append(finished(figure, folder / "frame.png"))
     return made
 
 
-def finished(figure, axis, path: Path) -> str:
-    import matplotlib.pyplot as plt
+def empty_chart(plt, names: list[str], label: str):
+    figure, axis = plt.subplots(figsize=(9, 0.32 * len(names) + 1.2))
+    axis.set(yticks=list(range(len(names))), yticklabels=names, xscale="log", xlabel=label)
+    axis.grid(axis="both", which="both", linewidth=0.3)
     axis.invert_yaxis()
-    axis.legend(loc="lower right", fontsize=8)
+    return figure, axis, list(range(len(names)))
+
+
+def finished(figure, path: Path) -> str:
+    import matplotlib.pyplot as plt
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -435,12 +443,12 @@ def heats_of(args, rows: list[Row]) -> list[tuple[list[Row], list, dict]]:
     add(by["speak"], lambda: speak_items(args, args.turns))
     add(by["answer"], lambda: answer_items(args, args.turns))
     for size in dict.fromkeys(r.spec["size"] for r in by["csm"]):
-        add([r for r in by["csm"] if r.spec["size"] == size], lambda: speak_items(args, few), frames=args.frames)
+        add([r for r in by["csm"] if r.spec["size"] == size], lambda: speak_items(args, few), frames=args.frames if size == "csm-nano" else max(2, args.frames // 2))
     for size in dict.fromkeys(r.spec["size"] for r in by["sizes"]):
         part = [r for r in by["sizes"] if r.spec["size"] == size]
         if size in LARGE:                  # each alone: several would not fit into memory
             for row in part:
-                add([row], lambda: speak_items(args, 2), frames=max(2, args.frames // 4))
+                add([row], lambda: speak_items(args, 2), frames=max(2, args.frames // 6))
         else:
             add(part, lambda: speak_items(args, few), frames=args.frames)
     add(by["long"], lambda: long_items(args))

@@ -445,7 +445,7 @@ def bars(result: dict) -> list[dict]:
     long = result["long"] or {"voice": {"drop": None}, "ms_per_second": {"ratio": None}}
     bar("long conversation: voice, drop from the first to the last tenth", 0.05, long["voice"]["drop"])
     bar("long conversation: time, last tenth against the first", 1.1, long["ms_per_second"]["ratio"])
-    found += [{"what": what, "bar": "-", "value": None, "low": None, "high": None, "met": None} for what in ("mood", "answering")]
+    found.append({"what": "mood", "bar": "-", "value": None, "low": None, "high": None, "met": None})
     return found
 
 

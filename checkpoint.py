@@ -20,7 +20,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from config import CodecConfig, CrossAttentionConfig, MemoryConfig, ModelConfig, Parser, from_dict, to_dict
+from config import PRECISIONS, CodecConfig, CrossAttentionConfig, MemoryConfig, ModelConfig, Parser, from_dict, to_dict
 from runtime import ROOT, atomic_write, plain_errors, write_json
 
 
@@ -29,6 +29,7 @@ def build_parser() -> Parser:
     parser.add_argument("--checkpoint", default="checkpoints/best_model.pt", help="training file of train.py")
     parser.add_argument("--output", help="folder to write, such as pretrained/nano")
     parser.add_argument("--storage", default="int8", choices=("int8", "bf16"), help="how matrices are stored (default int8 rows with fp16 scales)")
+    parser.add_argument("--quantise", default="fp32", choices=PRECISIONS, help="what the weights are to compute in where they are loaded by demo.py: written into config.json (default fp32)")
     commands = parser.add_subparsers(dest="command", metavar="import_csm | export_csm")
     bring = commands.add_parser("import_csm", help="official CSM weights of either format -> a folder of this project")
     bring.add_argument("path", help="folder in the original or the transformers format, an original file, or a name at the hub (sesame/csm-1b)")
@@ -349,7 +350,7 @@ def load_model(path, device="cpu", codec_fingerprint: str | None = None) -> nn.M
     """architecture.CSM in eval mode and float32, from a shipped folder, a training file (averaged weights where it has them),
     official CSM weights of either format, or their name at the hub (sesame/csm-1b).
 
-    Sets model.codec_fingerprint. ValueError for anything unreadable, or trained on another codec than codec_fingerprint.
+    Sets model.codec_fingerprint and model.wanted_precision (what quantisation.quantise is to be asked for). ValueError for anything unreadable, or trained on another codec than codec_fingerprint.
     """
     path = find_weights(path)
     if csm_weights.is_official(path):
@@ -360,7 +361,7 @@ def load_model(path, device="cpu", codec_fingerprint: str | None = None) -> nn.M
         cfg = from_dict(ModelConfig, about["config"])
     check_codec(path, about.get("codec_fingerprint"), codec_fingerprint)
     model = _build(cfg, state, path)
-    model.codec_fingerprint = about.get("codec_fingerprint")
+    model.codec_fingerprint, model.wanted_precision = about.get("codec_fingerprint"), about.get("precision", "fp32")
     return model.eval().to(device)
 
 
@@ -487,7 +488,8 @@ def _ship(args) -> None:
     model = load_model(args.checkpoint)
     path = find_weights(args.checkpoint)
     saved = {} if path.is_dir() or csm_weights.is_official(path) else load_training(path, mmap=True)
-    save_pretrained(model, args.output, int8=args.storage == "int8", **{k: saved[k] for k in ("step", "minutes", "validation") if k in saved})
+    wanted = {} if args.quantise == "fp32" else {"precision": args.quantise}
+    save_pretrained(model, args.output, int8=args.storage == "int8", **wanted, **{k: saved[k] for k in ("step", "minutes", "validation") if k in saved})
     print(f"{args.output}: {(Path(args.output) / WEIGHTS).stat().st_size / 1e6:.1f} MB")
 
 

@@ -19,6 +19,8 @@ MOODS = ("neutral", "happy", "excited", "sad", "angry", "calm", "worried", "surp
 # Symbols of the phone alphabet (Misaki's American English); "_" is silence. Stress marks are not phones.
 PHONES = "_AIOTWYbdfhijklmnpstuvwzæðŋɐɑɔəɛɜɡɪɹɾʃʊʌʒʤʧʔθᵊᵻ"
 
+PRECISIONS = ("fp32", "bf16", "int8", "int4-depth")      # what a model computes in when it talks (quantisation.py)
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:

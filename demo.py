@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import config
-from runtime import ROOT, fail, pick_device, plain_errors, write_json
+from runtime import ROOT, choose_attention, fail, pick_device, plain_errors, write_json
 
 MAX_SPEAKERS = 8
 MAX_TEXT = 5000          # characters in one turn
@@ -316,6 +316,24 @@ class Spoken:
     ended: bool
 
 
+def make_fast(model, args, sampling, codebook_size: int) -> str:
+    """Let the model compute as --precision, --compile_depth and --speculative say; one line of what runs."""
+    import quantisation
+    if args.compile_depth and args.speculative != "off":
+        raise ValueError("--compile_depth and --speculative are two ways of making the same frame: choose one")
+    b = model.cfg.backbone
+    attention = choose_attention(pick_device(args.device), b.heads, b.kv_heads, b.head_dim)
+    notes = [quantisation.quantise(model, args.precision or getattr(model, "wanted_precision", "fp32")), f"{attention['backend']} attention"]
+    if args.compile_depth:
+        import depth_graph
+        print("note: compiling the depth decoder", file=sys.stderr)
+        notes.append(depth_graph.compile_depth(model, sampling, codebook_size))
+    if args.speculative != "off":
+        import speculative
+        notes.append(speculative.speculate(model, args.speculative, sampling))
+    return "; ".join(notes)
+
+
 class Lab:
     """Model, codec, tokenizer, voices and responder, loaded once; hands out sessions."""
 
@@ -332,6 +350,7 @@ class Lab:
         if args.adapter:
             import lora
             lora.load(self.model, args.adapter)
+        self.notes = make_fast(self.model, args, self.sampling, self.codec.cfg.codebook_size)
         self.tokenizer = load_tokenizer(self.model.cfg.tokenizer)
         self.num_codebooks = args.num_codebooks or None
         if self.num_codebooks and not 1 <= self.num_codebooks <= self.model.cfg.num_codebooks:
@@ -572,7 +591,7 @@ class Chat:
 
 def run_interactive(lab: Lab, output: Path) -> int:
     chat = Chat(lab, output)
-    print(f"model {lab.model_name} on {lab.device}, answers: {lab.responder.kind}, "
+    print(f"model {lab.model_name} on {lab.device} in {lab.notes}, answers: {lab.responder.kind}, "
           f"{'sound: on' if chat.sound else f'no sound device: WAV files go to {output}'}\n{HELP}")
     while True:
         try:
@@ -607,6 +626,10 @@ def build_parser() -> config.Parser:
     parser.add_argument("--responder", default="retrieval", choices=("retrieval", "model", "command"),
                         help="who answers turns without text: written dialogues ranked by the text head (default), the text head, or a command")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
+    parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")
+    parser.add_argument("--compile_depth", action="store_true", help="compile the depth decoder's frame (seconds to a minute at the start; needs a C++ compiler)")
+    parser.add_argument("--speculative", default="off", choices=("off", "auto", "int8", "int4-depth", "phrases"),
+                        help="draft the codes of a frame, same distribution; auto: where it is measured to be faster (default off)")
     config.add_flags(parser, config.SamplingConfig)
     return parser
 
@@ -627,7 +650,7 @@ def main(argv=None) -> int:
     if args.mode == "interactive":
         return run_interactive(lab, output)
     check_output(output)
-    print(f"model {lab.model_name} on {lab.device}, seed {lab.sampling.seed}, answers: {lab.responder.kind}")
+    print(f"model {lab.model_name} on {lab.device} in {lab.notes}, seed {lab.sampling.seed}, answers: {lab.responder.kind}")
     run_batch(lab, conversations, output)
     print(f"{output / 'results.json'} and {len(conversations)} conversations as WAV files beside it")
     return 0

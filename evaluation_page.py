@@ -109,7 +109,7 @@ def write_page(result: dict, talks: dict, folder, command: str, manifest: dict, 
     heard = []
     for number in range(min(listen, result["conversations"])):
         parts = [_conversation(folder, number, c, result["per_conversation"][c][number], mixed(talks[c][number])) for c in conditions if number < len(talks[c])]
-        heard.append(f"<h3>{html.escape(talks["model"][number].id)}</h3>" + "".join(parts))
+        heard.append(f"<h3>{html.escape(talks['model'][number].id)}</h3>" + "".join(parts))
     body = (f"<h1>Evaluation</h1><p>{result['conversations']} conversations, {result['turns']} turns by the model, {result['beside']} conversations beside it; weights <code>{html.escape(result['weights']['path'])}</code> "
             f"({result['weights']['sha256']}); {html.escape(manifest['time'][:10])}, commit {html.escape((manifest['commit'] or 'unknown')[:12])}, {html.escape(manifest['cpu'])}.<br>"
             f"<code>{html.escape(command)}</code></p><h2>Scores</h2>{_table(['', *names], scores)}<p class=low>Mean over conversations and its 95 % bootstrap interval; a dash: cannot be judged.</p>"

@@ -292,7 +292,7 @@ class Session:
         turn = self._given(speaker, text, mood, self._codes(audio, codes) if heard else None)
         turn.audio = audio
         self._opens(speaker)
-        self._room(len(turn.text) + turn.num_frames + 8)
+        self._room(len(turn.text) + turn.num_frames + 8, coming=1)       # so that the answer finds the window as it is then
         self._put(turn)
         return turn
 
@@ -333,21 +333,21 @@ class Session:
         self._state = self._spare = None
         self._said = self._said and (self._said[0], None)
 
-    @property
-    def _window_is_long(self) -> bool:
+    def _too_many(self, coming: int) -> bool:
+        """More turns in the window than it is for, `coming` ones included; one always stays."""
         kept = len(self.turns) - self._start
-        return kept > 1 and kept + len(self.voices) > self.model.cfg.memory.window_turns
+        return kept > 1 and kept + len(self.voices) + coming > self.model.cfg.memory.window_turns
 
-    def _room(self, positions: int) -> None:
-        """A filled state in which `positions` more fit, if need be with fewer turns."""
-        for _ in self.making_room(positions):
+    def _room(self, positions: int, coming: int = 0) -> None:
+        """A filled state in which `positions` more fit, if need be with fewer turns. coming: turns that are to be taken in before the next one is spoken."""
+        for _ in self.making_room(positions, coming=coming):
             pass
 
-    def making_room(self, positions: int, piece: int | None = None) -> Iterator[Tensor]:
+    def making_room(self, positions: int, piece: int | None = None, coming: int = 0) -> Iterator[Tensor]:
         """_room in steps of at most `piece` positions of prefill; between them the session is without a state."""
-        if self._state is not None and not self._window_is_long and self._state.length + positions <= self._state.limit:
+        if self._state is not None and not self._too_many(coming) and self._state.length + positions <= self._state.limit:
             return
-        while self._window_is_long:
+        while self._too_many(coming):
             self._start += 1
         while True:
             rows = self._window()

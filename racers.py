@@ -18,6 +18,7 @@ import config
 
 ROOT = Path(__file__).resolve().parent
 BLOCK = 1920               # samples of the user's sound that arrive at a time (80 ms)
+FRAMES = 40                # length for which the weights that the other orders read are counted
 LOUD = 3.0                 # heads of the models raced against transformers': logits of several units, so that greedy codes hang on no rounding
 RACE_GEOMETRIES = {        # raced against transformers' CSM: backbone, depth decoder; 32 codebooks, this project's bytes as text
     "csm-nano": (config.TransformerConfig(8, 384, 1024, 6, 2), config.TransformerConfig(3, 256, 1024, 4, 2, max_positions=64)),
@@ -38,15 +39,21 @@ class LeftOut(ValueError):
     """This variant does not exist in this checkout, or not on this machine."""
 
 
+def check(variant: str) -> list[str]:
+    """The words of a variant. LeftOut where this checkout lacks one."""
+    words = variant.replace("plain", "").split()
+    missing = [word for word in words if word not in VARIANT_ROOMS or not has(VARIANT_ROOMS[word])]
+    if missing:
+        raise LeftOut(f"there is no {missing[0]} variant here")
+    return words
+
+
 def vary(model, variant: str) -> str:
     """Make `model` a variant, in place; a line that says what runs. LeftOut where there is none.
 
     variant: words of VARIANT_ROOMS; "" or "plain": as it was loaded.
     """
-    words = variant.replace("plain", "").split()
-    missing = [word for word in words if word not in VARIANT_ROOMS or not has(VARIANT_ROOMS[word])]
-    if missing:
-        raise LeftOut(f"there is no {missing[0]} variant here")
+    words = check(variant)
     if not words:
         return ""
     import quantisation
@@ -66,6 +73,11 @@ def matrix_bytes(module, size: int = 0) -> int:
     return sum(p.numel() * (size or p.element_size()) for p in module.parameters() if p.dim() > 1)
 
 
+def decoder_bytes(codec) -> int:
+    """Bytes of the matrices behind a frame's sound."""
+    return sum(matrix_bytes(getattr(codec, name)) for name in ("frame_decoder", "slot_decoder", "hop_decoder", "split", "refine", "head"))
+
+
 def frame_bytes(model, codec, size: int = 0) -> dict[str, float]:
     """MB of weights behind one frame: `once`, and `every_read`, which counts the depth decoder's blocks once per codebook.
 
@@ -76,7 +88,7 @@ def frame_bytes(model, codec, size: int = 0) -> dict[str, float]:
     reads += [] if model.advance_head is None else [matrix_bytes(model.advance_head, size)]
     depth, projection = matrix_bytes(model.decoder, size), model.projection.weight.numel() * (size or 4)
     heads = model.audio_head.numel() * (size or 4)
-    sound = sum(matrix_bytes(getattr(codec, name)) for name in ("frame_decoder", "slot_decoder", "hop_decoder", "split", "refine", "head"))
+    sound = decoder_bytes(codec)
     fixed = sum(reads) + heads + sound
     # folded: the projected embeddings are a table, so that the projection is used for the hidden state alone
     return {"once": (fixed + depth + projection) / 1e6, "every_read": (fixed + K * depth + projection) / 1e6, "codec": sound / 1e6}
@@ -108,7 +120,9 @@ def blocks(audio) -> list:
 def random_model(cfg: config.ModelConfig, seed: int):
     import torch
     from architecture import CSM
-    model = CSM(cfg)
+    with torch.device("meta"):
+        model = CSM(cfg)
+    model = model.to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.eval()
 
@@ -350,9 +364,11 @@ class OtherOrder:
         self.order = self.it.build(spec["order"], self.it.order_config(spec["size"], self.codec), spec["seed"])
 
     def about(self) -> dict:
-        once = matrix_bytes(self.order) / 1e6
+        sound, read = decoder_bytes(self.codec) / 1e6, self.it.moved_bytes(self.order, FRAMES) / 1e6
+        rows = sum(m.weight.nbytes for m in self.order.modules() if type(m).__name__ == "Embedding")
+        once = min(read, (matrix_bytes(self.order) - rows) / 1e6)
         return {"parameters": sum(p.numel() for p in self.order.parameters()), "note": "", "weights": "random",
-                "bytes": {"once": once, "every_read": self.it.moved_bytes(self.order, 40) / 1e6, "codec": None}}
+                "bytes": {"once": once + sound, "every_read": read + sound, "codec": sound}}
 
     def speak(self, item: dict) -> dict:
         import torch

@@ -134,6 +134,51 @@ def pick_device(name: str = "auto"):
     return torch.device(name)
 
 
+ATTENTION: dict = {}      # what choose_attention has measured and switched on, for the run manifest
+
+
+def choose_attention(device, heads: int, kv_heads: int, head_dim: int, positions: int = 512, repeats: int = 5) -> dict:
+    """Time PyTorch's attention backends on this device at a model's shape, switch on what is fastest and off what is slower; {"backend", "ms"}.
+
+    One new position among `positions` and a prefill of as many, the two shapes of talking, count alike (geometric mean).
+    A backend that cannot do these shapes is left out; "math" stays on: some masks have nothing else.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, positions, head_dim, generator=g).to(device, dtype) for h in (heads, kv_heads, kv_heads))
+    backends = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION} | ({"efficient": SDPBackend.EFFICIENT_ATTENTION} if device.type == "cuda" else {})
+    found = {}
+    for name, backend in backends.items():
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend), torch.inference_mode():
+            one, many = (_seconds(lambda rows=rows: torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, is_causal=rows > 1, enable_gqa=heads != kv_heads),
+                                  repeats, device) for rows in (1, positions))
+            found[name] = {"one_ms": 1000 * one, "prefill_ms": 1000 * many}
+    speed = {name: 1 / math.sqrt(ms["one_ms"] * ms["prefill_ms"]) for name, ms in found.items()}
+    best = max(speed, key=speed.get, default="math")
+    if "flash" in speed and speed[best] < 1.2 * speed["flash"]:                # torch's own first choice: noise must not change what a seed gives
+        best = "flash"
+    torch.backends.cuda.enable_flash_sdp(best == "flash")                      # these switches hold for the CPU as well
+    torch.backends.cuda.enable_mem_efficient_sdp(best != "math")               # the one that takes masks on a GPU
+    ATTENTION.update(device=str(device), shape=[heads, kv_heads, head_dim, positions], backend=best, ms=found)
+    return ATTENTION
+
+
+def _seconds(step: Callable, repeats: int, device) -> float:
+    """The fastest of `repeats` runs after one that warms up."""
+    import torch
+    best = math.inf
+    for number in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start if number else math.inf)
+    return best
+
+
 def autocast(device, precision: str = "bf16"):
     """Context for the forward pass: bfloat16 matrix products with float32 weights; fp32 switches it off."""
     import torch
@@ -229,13 +274,13 @@ def _version(package: str) -> str | None:
 
 
 def run_manifest() -> dict:
-    """Commit, versions, hardware and time, to stand beside every result. Unknown is None."""
+    """Commit, versions, hardware, attention backend (None: left to torch) and time, to stand beside every result. Unknown is None."""
     import torch
     gpu = torch.cuda.is_available()
     return {"commit": git_commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "python": platform.python_version(), "system": platform.platform(),
             "versions": {p: _version(p) for p in ("torch", "numpy", "safetensors", "onnxruntime", "lhotse", "transformers")},
-            "cpu": _cpu_name(), "cores": cpu_count(), "memory_mb": total_memory_mb(), "torch_threads": torch.get_num_threads(),
+            "cpu": _cpu_name(), "cores": cpu_count(), "memory_mb": total_memory_mb(), "torch_threads": torch.get_num_threads(), "attention": ATTENTION or None,
             "gpu": torch.cuda.get_device_name() if gpu else None,
             "gpu_memory_mb": torch.cuda.get_device_properties(0).total_memory / 1e6 if gpu else None}
 

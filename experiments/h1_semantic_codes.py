@@ -197,10 +197,10 @@ def word_task(vectors: list[Tensor], turns: list[Labelled], index: dict[str, int
 def shuffled(task: Task, seed: int) -> Task:
     """Labels of another sequence, repeated or cut to its length."""
     order = np.random.default_rng(seed).permutation(len(task.labels))
-    labels = []
-    for i, j in enumerate(order):
+    labels = list(task.labels)
+    for i, j in zip(order, np.roll(order, 1)):                                 # never its own
         wrong, n = task.labels[j], len(task.inputs[i])
-        labels.append(wrong if wrong.dim() == 0 else wrong.repeat(-(-n // len(wrong)), 1)[:n])
+        labels[i] = wrong if wrong.dim() == 0 else wrong.repeat(-(-n // len(wrong)), 1)[:n]
     return Task(task.inputs, labels, task.owner, task.classes)
 
 
@@ -369,7 +369,9 @@ class Bench:
         return {name: tuple(pair) for name, pair in made.items()}
 
     def run(self, seed: int, group: str, probe: str) -> dict[str, dict]:
-        """Task -> scores; trained now or read back."""
+        """Task -> scores; trained now or read back. Groups of the same codebooks are run once."""
+        if group != "shuffled labels":
+            group = next(name for name, codebooks in self.groups.items() if codebooks == self.groups[group])
         path = self.folder / f"{group.replace(' ', '-')}-{probe}-seed{seed}-{self.key}.npz"
         if path.exists():
             kept = read_result(path)

@@ -549,6 +549,8 @@ def utterances(settings: Settings, codec, cfg: config.ModelConfig, split: str, c
     from benchmark_tokens import split_turns
     columns = config.codec_columns(cfg.num_codebooks, cfg.num_semantic, codec.cfg.num_semantic)
     turns = split_turns(settings.data, codec, split, count, settings.seed)
+    if not turns:
+        raise ValueError(f"the {split} split of {settings.data} has no turn that fits: collect more, or name another folder with --data")
     return [(t.text, text_ids(t.text, settings.device), t.codes.long()[columns].to(settings.device)) for t in turns]
 
 
@@ -625,7 +627,7 @@ def experiment(settings: Settings) -> dict:
     learned: dict[str, dict] = {name: {} for name in orders}
     if settings.train_steps:
         examples = utterances(settings, codec, cfg, "train", settings.train_turns)
-        kept = utterances(settings, codec, cfg, "validation", settings.eval_turns)
+        kept = utterances(settings, codec, cfg, "test", settings.eval_turns)
         for name, order in orders.items():
             learned[name] = {"training": train(order, examples, settings), "nats_per_frame": held_out(order, kept, settings.batch)}
             if settings.spoken_turns:

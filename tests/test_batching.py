@@ -218,6 +218,24 @@ def test_a_hearing_can_be_given_up_and_can_be_empty(model, codec, engine):
     same_turn(said(engine.speak(session, TEXTS[0])), talk(model, codec, 1).say(1, TEXTS[0]))
 
 
+class OneByOne:
+    """A codec whose streams cannot be stacked, as Mimi's."""
+
+    def __init__(self, codec):
+        self.codec, self.cfg = codec, codec.cfg
+
+    def decode_stream(self, codes, state, semantic):
+        assert len(codes) == 1
+        return self.codec.decode_stream(codes, state, semantic)
+
+
+def test_a_codec_that_cannot_be_stacked(model, codec):
+    with BatchingEngine(model, OneByOne(codec), TOKENIZER, BatchingConfig(), GREEDY) as engine:
+        speeches = [engine.speak(engine.session(), text) for text in TEXTS[:3]]
+        for text, speech in zip(TEXTS, speeches):
+            same_turn(said(speech), Session(model, codec, TOKENIZER, GREEDY).say(1, text))
+
+
 # ----------------------------------------------------------------------------- who comes and goes
 
 def held(engine):

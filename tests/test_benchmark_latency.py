@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import benchmark
 import benchmark_latency as latency
@@ -133,6 +134,14 @@ def test_bytes_of_a_frame_are_those_of_its_matrices(weights):
     assert eight["every_read"] - found["codec"] == pytest.approx((found["every_read"] - found["codec"]) / 4)
 
 
+def test_random_models_are_made_without_a_first_filling():
+    from architecture import CSM
+    plain = CSM(model_preset("test"))
+    plain.init_weights(torch.Generator().manual_seed(3))
+    made = racers.random_model(model_preset("test"), 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), made.state_dict().values(), strict=True))
+
+
 def test_the_first_sentence_is_what_is_spoken():
     assert racers.first_sentence("Well, yes. And no.") == "Well, yes." and racers.first_sentence(" no end") == "no end"
     assert [len(b) for b in racers.blocks(np.zeros(4000))] == [1920, 1920, 160] and [len(b) for b in racers.blocks(np.zeros(0))] == [0]
@@ -213,7 +222,7 @@ def test_the_plan_keeps_sizes_apart_and_large_models_alone(data):
     sizes = [{r.spec.get("size") for r in part} for part, _, _ in plan]
     assert {"small"} in sizes and all(len(part) == 1 for part, _, _ in plan if part[0].spec.get("size") == "small")
     assert sum(len(part) for part, _, _ in plan) == len(latency.ROWS) and {"csm-nano"} in sizes and {"csm-tiny"} in sizes
-    assert next(spec["frames"] for part, _, spec in plan if part[0].spec.get("size") == "small") == 6
+    assert next(spec["frames"] for part, _, spec in plan if part[0].spec.get("size") == "small") == 4
 
 
 def test_bandwidth_is_measured():

@@ -252,6 +252,8 @@ def test_moods_of_two_speakers_are_not_exchanged_between_them():
     names, moods = "abababab", ["happy", "sad", "sad", "happy"] * 2
     rows = [measured(pitch=(20 if n == "a" else 0) + (1 if m == "happy" else -1)) for n, m in zip(names, moods)]
     assert metrics.mood_score(talk_of(names, moods), rows, MODELS)["score"] > 0.9
+    steady = metrics.mood_score(talk_of("abab", ["happy", "sad"] * 2), rows[:4], MODELS)
+    assert steady["score"] is None and "one mood" in steady["reason"]
 
 
 def test_prosody_falls_with_the_melody_and_with_uneven_pace():

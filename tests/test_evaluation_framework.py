@@ -96,6 +96,10 @@ def test_only_some_turns_are_listened_to(quick, tmp_path):
     assert how.listened(1) == {0} and validity.Listening().listened(3) == {0, 1, 2}
     (_, rows), = validity.measure([make_talk()], validity.Listening(str(tmp_path)))[None]
     assert all(row["heard"] is not None for row in rows)                    # what was left out is made up for
+    words = quick["words"]
+    validity.measure([make_talk()], validity.Listening(str(tmp_path), words=False, turns=1))
+    (_, rows), = validity.measure([make_talk()], validity.Listening(str(tmp_path), turns=5))[None]
+    assert words == quick["words"] == 6                                     # and what was heard is not forgotten
 
 
 @pytest.mark.parametrize("wrong, flag", [({"turns": -1}, "--listen"), ({"jobs": 0}, "--jobs")])

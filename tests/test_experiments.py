@@ -144,13 +144,13 @@ def test_one_seed_against_it_is_not_support():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Crossed seeds and conversations; without the widening for few seeds, or with conversations alone, it covers far less."""
+    """Three seeds that differ much. Without widening for few seeds it would hold the truth in 82 % of trials, with conversations alone far less."""
     rng, covered = np.random.default_rng(1), 0
     for trial in range(120):
-        d = 0.1 * rng.standard_normal((4, 1)) + 0.3 * rng.standard_normal((1, 30)) + 0.2 * rng.standard_normal((4, 30))
+        d = 0.3 * rng.standard_normal((3, 1)) + 0.3 * rng.standard_normal((1, 30)) + 0.2 * rng.standard_normal((3, 30))
         found = verdicts.effect(d, draws=300, seed=trial)
         covered += found["low"] <= 0 <= found["high"]
-    assert covered >= 0.85 * 120
+    assert covered >= 0.9 * 120
 
 
 def test_weights_count():
@@ -376,6 +376,51 @@ def test_what_is_planted_in_the_memory_is_learnt_from_it(data, tmp_path):
 
 def test_strangers_are_of_other_conversations():
     assert h2.strangers(["a", "a", "b", "a"]) == [2, 2, 3, 2] and h2.strangers(["a", "a"]) == [0, 1]
+
+
+def shipped_model(data, tmp_path, monkeypatch):
+    """A tiny model with both additions, judged with two turns as slots and two as frames."""
+    monkeypatch.setattr(h2, "BEFORE", 2)
+    cfg = tiny(cross=small.cross_config(16, reader_layers=1), memory=h2.MemoryConfig(every=2, heads=2, width=16))
+    return small.Condition("x", cfg).build(0).eval()
+
+
+def test_the_shipped_model_is_judged_on_turns_whose_speaker_has_left_the_window(data, tmp_path, monkeypatch):
+    model = shipped_model(data, tmp_path, monkeypatch)
+    windows = [pair for group in h2.shipped_windows(data, model, 0) for pair in group]
+    assert len(windows) == 10                                                  # the fourth turn of every held-out conversation
+    for window, name in windows:
+        speakers = [t.speaker for t in window.turns]
+        assert len(window.turns) == 2 and len(window.history) == 2 and speakers[-1] not in speakers[:-1] and speakers[-1] in [t.speaker for t in window.history]
+    tables = h2.judge_shipped(model, data, 0, 3)
+    assert all(len(t["names"]) == 10 and (t["frames"] == 3).all() for t in tables.values())
+    assert len({round(float(t["nats"].sum()), 6) for t in tables.values()}) == 5
+    slots = h2.Slots(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[3.0]], [[4.0]]]), torch.zeros(2, 1, dtype=torch.long))
+    other = h2.mixed(slots, [1, 0], h2.MEMORIES["a stranger's prosody"])
+    assert other.semantic.flatten().tolist() == [1, 2] and other.prosodic.flatten().tolist() == [4, 3]
+    monkeypatch.setattr(h2, "BEFORE", 9)
+    with pytest.raises(ValueError, match="--checkpoint"):
+        h2.shipped_windows(data, model, 0)
+
+
+def test_the_shipped_model_is_heard_with_each_memory(data, codec, tmp_path, monkeypatch):
+    model, heard = shipped_model(data, tmp_path, monkeypatch), []
+    monkeypatch.setattr("checkpoint.load_codec", lambda path: codec)
+    monkeypatch.setattr("measuring.sound_of", lambda data, turn: np.zeros(4800, np.float32))
+    monkeypatch.setattr("judges.speaker_similarity", lambda audio, reference: heard.append(audio) or float(len(heard)))
+    said = h2.voices_of_shipped(model, arguments(h2.build_parser(), data, tmp_path, "--say", "2"))
+    assert {kind: len(rows) for kind, rows in said.items()} == {"on": 2, "off": 2, "a stranger's": 2}
+    assert all(len(audio) >= CODEC.frame_size and np.isfinite(audio).all() for audio in heard)
+
+
+def test_trained_models_speak_to_the_judge(data, codec, tmp_path, monkeypatch):
+    run = run_of(data, tmp_path, steps=1)
+    small.train_run(run, tqdm(disable=True))
+    monkeypatch.setattr("checkpoint.load_codec", lambda path: codec)
+    monkeypatch.setattr("measuring.pick_turns", lambda *a: [([{"text": "yes no"}], 0)] * 2)
+    monkeypatch.setattr("measuring.hear", lambda audio, text, mos: {"said": text, "heard": "yes", "mos": None})
+    args = arguments(h3.build_parser(), data, tmp_path, "--speak", "2")
+    assert h3.spoken_words(args, [run])["wer"]["mean"] == 0.5 and h3.spoken_words(args, [run, run]) is None
 
 
 # ----------------------------------------------------------------------------- whole experiments

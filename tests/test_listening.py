@@ -117,6 +117,20 @@ def test_the_sound_is_in_the_state_before_the_turn_is_over(model, codec):
     assert calls == [1 + 1 + len("hello.") + 1]                # the end frame, TRANSCRIPT, the words, EOT
 
 
+def test_the_answer_finds_the_window_as_it_is(model, codec):
+    """In a long conversation too nothing but the transcript and the answer's text goes into the model after the user's last sound."""
+    session = talk(model, codec, 5, dataclasses.replace(GREEDY, lead_seconds=0.0))
+    listener = Listener(session, 0)
+    listener.feed(sound())
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].S))
+    listener.finish("hello.")
+    stream = session.speak(1, "well then.")
+    next(stream)
+    hook.remove()
+    assert session._start == 4 and calls == [3 + len("hello."), 2 + len("well then.") + 1]
+
+
 def test_a_cancelled_turn_leaves_no_trace(model, codec):
     session, untouched = talk(model, codec), talk(model, codec)
     listener = Listener(session, 0)

@@ -157,3 +157,24 @@ def test_runtime_alone_does_not_load_torch():
 
 def test_human_time():
     assert [runtime.human_time(s) for s in (3.4, 75, 7265)] == ["3 s", "1 min 15 s", "2 h 1 min"]
+
+
+# ----------------------------------------------------------------------------- attention
+
+def test_the_attention_backend_is_measured_and_told(monkeypatch):
+    """Flash stays on unless another is clearly faster; the manifest says what was chosen and from what."""
+    import torch
+    monkeypatch.setattr(runtime, "ATTENTION", {})
+    assert runtime.run_manifest()["attention"] is None
+    try:
+        found = runtime.choose_attention("cpu", 4, 2, 16, positions=32, repeats=1)
+        assert found["backend"] in found["ms"] and all(v > 0 for ms in found["ms"].values() for v in ms.values())
+        assert runtime.run_manifest()["attention"]["shape"] == [4, 2, 16, 32]
+        for math_ms, chosen in ((1.0, "math"), (9.0, "flash")):
+            times = iter([math_ms, math_ms, 10.0, 10.0])
+            monkeypatch.setattr(runtime, "_seconds", lambda *_, times=times: next(times))
+            assert runtime.choose_attention("cpu", 4, 2, 16)["backend"] == chosen
+            assert torch.backends.cuda.flash_sdp_enabled() == (chosen == "flash")
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)

@@ -56,8 +56,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(weights):
-    from demo import Lab
-    return Lab(serve.build_parser().parse_args(weights))
+    return serve.load(serve.build_parser().parse_args(weights)).lab
 
 
 @pytest.fixture(scope="module")
