@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -715,6 +716,36 @@ def test_a_closing_server_lets_replies_end(make_client):
         events = talk.until("close")
         assert "reply_done" in kinds(events) and events[-2]["code"] == "closing" and events[-1]["code"] == 1012
     assert not client.house.busy
+
+
+def test_the_page_talks_with_this_server(lab):
+    """A real Chromium: typed, answered, heard to its end, and nothing to complain about."""
+    playwright, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    from serve_app import make_app
+    from service import Service
+    cfg, complaints = ServeConfig(port=0), []
+    server = serve.make_server(make_app(Service(lab, Says(), cfg, LiveConfig(user_sound=False), EndpointConfig(), transcribe=lambda audio, rate: "words")), cfg)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        with playwright.sync_playwright() as run, run.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]) as browser:
+            page = browser.new_page()
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+            page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+            page.fill("#text", "good morning.")
+            page.press("#text", "Enter")
+            page.wait_for_selector(".turn.voice .again", timeout=60_000)
+            assert page.inner_text(".turn.voice .words") == "You said good morning. And I say so."
+            page.goto(page.url.rstrip("/") + "/docs")
+            page.wait_for_selector('[data-path="/v1/audio/speech"]', timeout=60_000)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert complaints == []
 
 
 # ----------------------------------------------------------------------------- a process
