@@ -465,18 +465,19 @@ def run_batch(lab: Lab, conversations: list[Conversation], output: Path) -> dict
     """Speak all conversations into `output`; results.json is written last. Returns its content."""
     from audio_io import SAMPLE_RATE, write_audio
     from tqdm import tqdm
+    from watermark import AI_TAGS
     results, total = [], sum(len(c.turns) for c in conversations)
     with staged(output) as folder, tqdm(total=total, unit="turn", disable=total < 2, file=sys.stderr) as bar:
         for conversation in conversations:
             base, rows, sounds = file_name(conversation.id), [], []
             for number, spoken in enumerate(lab.converse(conversation), 1):
                 name = f"{base}_turn_{number:02d}.wav"
-                write_audio(folder / name, spoken.audio, SAMPLE_RATE)
+                write_audio(folder / name, spoken.audio, SAMPLE_RATE, AI_TAGS)
                 rows.append(result_row(spoken, name, SAMPLE_RATE))
                 sounds.append(spoken.audio)
                 bar.update()
                 tqdm.write(f"{conversation.id:14s} {number}/{len(conversation.turns)}  {turn_line(spoken, rows[-1])}", file=sys.stdout)
-            write_audio(folder / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE)
+            write_audio(folder / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE, AI_TAGS)
             results.append({"id": conversation.id, "audio": f"{base}.wav", "turns": rows})
         summary = {"conversations": results, "model": lab.model_name, "device": str(lab.device), "seed": lab.sampling.seed}
         write_json(folder / "results.json", summary)
@@ -537,6 +538,7 @@ class Chat:
 
     def answer(self, line: str) -> None:
         from audio_io import SAMPLE_RATE, play, write_audio
+        from watermark import AI_TAGS
         check_text(line)
         self.session.add_turn(0, line)
         self.history.append(("you", line))
@@ -550,19 +552,20 @@ class Chat:
         else:
             self.count += 1
             path = self.output / f"turn_{self.count:02d}.wav"
-            write_audio(path, spoken.audio, SAMPLE_RATE)
+            write_audio(path, spoken.audio, SAMPLE_RATE, AI_TAGS)
             print(f"       {path}  ({len(spoken.audio) / SAMPLE_RATE:.1f} s)", flush=True)
 
     def save(self, folder: Path) -> None:
         from audio_io import SAMPLE_RATE, write_audio
+        from watermark import AI_TAGS
         if not self.spoken:
             raise ValueError("nothing was said yet: type a line first")
         check_output(folder)
         rows = []
         for number, spoken in enumerate(self.spoken, 1):
-            write_audio(folder / f"saved_turn_{number:02d}.wav", spoken.audio, SAMPLE_RATE)
+            write_audio(folder / f"saved_turn_{number:02d}.wav", spoken.audio, SAMPLE_RATE, AI_TAGS)
             rows.append(result_row(spoken, f"saved_turn_{number:02d}.wav", SAMPLE_RATE))
-        write_audio(folder / "saved.wav", mix([s.audio for s in self.spoken], SAMPLE_RATE), SAMPLE_RATE)
+        write_audio(folder / "saved.wav", mix([s.audio for s in self.spoken], SAMPLE_RATE), SAMPLE_RATE, AI_TAGS)
         write_json(folder / "saved.json", {"conversation": [{"speaker": s, "text": t} for s, t in self.history], "answers": rows})
         print(f"saved {folder / 'saved.wav'} and {folder / 'saved.json'}")
 
