@@ -317,20 +317,21 @@ class Spoken:
 
 
 def make_fast(model, args, sampling, codebook_size: int) -> str:
-    """Let the model compute as --precision, --compile_depth and --speculative say; one line of what runs."""
+    """Let the model compute as --precision, --compile_depth and --speculative say (absent: as by default); one line of what runs."""
     import quantisation
-    if args.compile_depth and args.speculative != "off":
+    precision, compiled, draft = (getattr(args, name, default) for name, default in (("precision", ""), ("compile_depth", False), ("speculative", "off")))
+    if compiled and draft != "off":
         raise ValueError("--compile_depth and --speculative are two ways of making the same frame: choose one")
     b = model.cfg.backbone
-    attention = choose_attention(pick_device(args.device), b.heads, b.kv_heads, b.head_dim)
-    notes = [quantisation.quantise(model, args.precision or getattr(model, "wanted_precision", "fp32")), f"{attention['backend']} attention"]
-    if args.compile_depth:
+    attention = choose_attention(model.text_embeddings.weight.device, b.heads, b.kv_heads, b.head_dim)
+    notes = [quantisation.quantise(model, precision or getattr(model, "wanted_precision", "fp32")), f"{attention['backend']} attention"]
+    if compiled:
         import depth_graph
         print("note: compiling the depth decoder", file=sys.stderr)
         notes.append(depth_graph.compile_depth(model, sampling, codebook_size))
-    if args.speculative != "off":
+    if draft != "off":
         import speculative
-        notes.append(speculative.speculate(model, args.speculative, sampling))
+        notes.append(speculative.speculate(model, draft, sampling))
     return "; ".join(notes)
 
 
