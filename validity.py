@@ -237,17 +237,36 @@ def fit(data, count: int, how: Listening, seed: int = 0) -> dict:
     measured, tested = ([rows for _, rows in measure(talks, how)[None]] for talks in (train, test))
     mood = _regression(*mood_rows(train, measured), list(FEATURES))
     person = _regression(*person_pairs(train, measured), ["cosine", "pitch level, semitones"])
-    halves = _regression(*half_pairs(train), ["cosine of the halves"])
+    halves = accepted(*half_pairs(train))
     x, y = mood_rows(test, tested)
     guesses = [mood_of(row, mood) for row in x]
     per_class = {m: float(np.mean([g == m for g, t in zip(guesses, y) if t == m])) for m in config.MOODS if m in y}
     mood["test"] = {"turns": len(y), "accuracy": float(np.mean([a == b for a, b in zip(guesses, y)])), "balanced_accuracy": float(np.mean(list(per_class.values()))),
                     "chance": 1 / len(per_class), "majority": float(max(map(y.count, set(y))) / len(y)), "per_mood": per_class}
     person["test"] = _right(person, *person_pairs(test, tested))
-    halves["test"] = _right(halves, *half_pairs(test, False))
+    halves["test"] = accepted_right(halves["accept"], *half_pairs(test, False))
     return {"note": "Written by `python evaluation_framework.py fit`: logistic regressions over measured speech; see conversation_metrics.py.",
             "data": {"folder": Path(data).as_posix(), "split": "train", "conversations": len(train), "licence": "fitted on synthetic speech of this project's own collection "
                      "(texts MIT; voices hibari-tts and Kokoro-82M, Apache-2.0); the numbers are under this project's MIT licence"}, "mood": mood, "person": person, "halves": halves}
+
+
+def accepted(x: list, y: list, share: float = 0.95) -> dict:
+    """The least cosine that `share` of the pairs of one person exceed: {accept, share, n}."""
+    import numpy as np
+    same = [row[0] for row, one in zip(x, y) if one]
+    if len(same) < 2 or all(y):
+        raise ValueError("too little speech to fit a judge of the halves of turns: give more --data or a higher --count")
+    return {"accept": float(np.percentile(same, 100 * (1 - share))), "share": share, "n": len(y)}
+
+
+def accepted_right(accept: float, x: list, y: list) -> dict:
+    """How the threshold does on pairs it has not seen."""
+    import judges
+    import numpy as np
+    same, other = ([row[0] for row, one in zip(x, y) if one == wanted] for wanted in (True, False))
+    kept, found = (float(np.mean(np.array(part) >= accept)) if part else None for part in (same, other))
+    return {"pairs": len(y), "one_voice_accepted": kept, "two_voices_found": None if found is None else 1 - found, "chance": 0.5, "auc": judges.separation(same, other),
+            "balanced_accuracy": None if kept is None or found is None else (kept + 1 - found) / 2}
 
 
 def _right(model: dict, x: list, y: list) -> dict:
