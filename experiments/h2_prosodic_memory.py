@@ -410,7 +410,7 @@ def main(argv=None) -> int:
 
 
 def experiment(args, words: list[str]) -> int:
-    result = {"verdict": verdicts.UNDECIDED, "seeds": args.seeds, "opening_s": frames_of(args) / 12.5, "conditions": {}, "effects": [], "n_conversations": None}
+    result = {"verdict": verdicts.UNDECIDED, "seeds": args.seeds if args.steps else 0, "opening_s": frames_of(args) / 12.5, "conditions": {}, "effects": [], "n_conversations": None}
     results: dict = {}
     if args.steps:
         results, about, _ = train_small(args, from_flags(Training, args))
