@@ -7,6 +7,7 @@
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py train         forward and backward beside transformers' CSM, and the memory plan beside a measurement
+    python benchmark.py people        recordings of people: who speaks when, what filters take, kills, rates, memory
     python benchmark.py inspect       pictures of gates, half-lives, and of what a test turn attends to
     python benchmark.py card --kind nano      the model card, from the numbers above and the weights' own config
 
@@ -26,11 +27,13 @@ from pathlib import Path
 
 import config
 from benchmark_codec import bench_codec, codec_body
+from benchmark_people import PROMPTS, bench_people
 from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
 
-TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step"}
+TITLES = {"judges": "Can the judges tell good from bad?", "data": "Synthetic data", "codec": "Codec", "tokens": "Tokens", "voice": "Voice", "speed": "Speed", "train": "Training step",
+          "people": "Recordings of people"}
 TURNS = {"judges": 24, "data": 60, "codec": 30, "tokens": 30, "voice": 50, "speed": 8}
 INTRO = ("# Results\n\nWritten by `benchmark.py` only: do not edit. Each section names its command, commit and machine; "
          "brackets are 95 % bootstrap intervals over utterances. A dash means not measured.\n")
@@ -358,13 +361,14 @@ def inspect(args) -> dict:
 
 # ----------------------------------------------------------------------------- command line
 
-BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train}
-ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "inspect")
+BENCHES = {"judges": bench_judges, "data": bench_data, "codec": bench_codec, "tokens": bench_tokens, "voice": bench_voice, "speed": bench_speed, "train": bench_train,
+           "people": bench_people}
+ON_DATA = ("judges", "data", "codec", "tokens", "voice", "speed", "people", "inspect")
 
 
 def build_parser() -> config.Parser:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|inspect|card")
+    parts = parser.add_subparsers(dest="what", required=True, metavar="judges|data|codec|tokens|voice|speed|train|people|inspect|card")
     for name, bench in (BENCHES | {"inspect": inspect}).items():
         part = parts.add_parser(name, help=bench.__doc__.split("\n")[0], description=bench.__doc__)
         if name in ON_DATA:
@@ -375,7 +379,7 @@ def build_parser() -> config.Parser:
         part.add_argument("--seed", type=int, default=0, help="default 0")
         if name in BENCHES:
             part.add_argument("--results", default="RESULTS.md", help="file to write the section into; default RESULTS.md")
-        if name in ("codec", "tokens", "voice", "speed", "inspect"):
+        if name in ("codec", "tokens", "voice", "speed", "people", "inspect"):
             part.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec" + ("; mimi for Kyutai's" if name == "codec" else ""))
         if name in ("codec", "voice", "speed", "train", "inspect"):
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
@@ -407,6 +411,8 @@ def build_parser() -> config.Parser:
             part.add_argument("--repeats", type=int, default=8, help="timed pairs of steps; default 8")
             part.add_argument("--precisions", default="fp32,bf16", choices=("fp32", "bf16", "fp32,bf16"), help="default fp32,bf16")
             part.add_argument("--plan", default="nano,tiny", help="presets whose memory plan is checked; empty: none; default nano,tiny")
+        if name == "people":
+            _people_flags(part)
     card = parts.add_parser("card", help="write the README.md of a folder of weights", description=write_card.__doc__)
     card.add_argument("--kind", required=True, choices=("codec", "nano"))
     card.add_argument("--folder", default="", help="default pretrained/KIND")
@@ -415,6 +421,16 @@ def build_parser() -> config.Parser:
     card.add_argument("--besides", default="", metavar="TEXT", help="other training data in words, with its licence")
     card.add_argument("--results", default="RESULTS.md", help="default RESULTS.md")
     return parser
+
+
+def _people_flags(part) -> None:
+    part.add_argument("--prompts", default=PROMPTS, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {PROMPTS}")
+    part.add_argument("--parts", default="turns,filters,kills,scale", help="what is measured; default turns,filters,kills,scale")
+    for flag, value, what in (("--conversations", 12, "conversations that are cut"), ("--turns", 20, "turns of each"), ("--clips", 60, "clips with noise"), ("--heard", 25, "prompts of each voice that are written down"),
+                              ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--batches", 60, "batches of the loader"),
+                              ("--batch_positions", 4096, "positions of a batch")):
+        part.add_argument(flag, type=int, default=value, help=f"{what}; default {value}")
+    part.add_argument("--hours", type=float, default=2.0, help="hours that become tokens, by repetition; default 2")
 
 
 def run(args, words: list[str]) -> int:
