@@ -432,3 +432,13 @@ def people_body(r: dict) -> str:
                     f"largest {m['largest_mb']:.0f} MB, growth {show(m['growth_mb_per_hour'])} MB per hour. Loader: {show(loader['waste'], 2, True)} padding in {loader['batches']} batches of {loader['positions']} positions, "
                     f"{loader['hours_per_core_second']:.2f} hours of speech per second and core.")
     return "\n\n".join(body)
+
+
+def add_flags(part) -> None:
+    part.add_argument("--prompts", default=PROMPTS, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {PROMPTS}")
+    part.add_argument("--parts", default="turns,filters,kills,scale", help="what is measured; default turns,filters,kills,scale")
+    for flag, value, what in (("--conversations", 12, "conversations that are cut"), ("--turns", 20, "turns of each"), ("--clips", 60, "clips with noise"), ("--heard", 25, "prompts of each voice that are written down"),
+                              ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--batches", 60, "batches of the loader"),
+                              ("--batch_positions", 4096, "positions of a batch")):
+        part.add_argument(flag, type=int, default=value, help=f"{what}; default {value}")
+    part.add_argument("--hours", type=float, default=2.0, help="hours that become tokens, by repetition; default 2")

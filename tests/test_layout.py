@@ -25,11 +25,12 @@ RANKS = {"config": 0,
          7, "evaluation_page": 7,
          "demo": 8, "train": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
          8, "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "benchmark_watermark": 8, "train_watermark": 8, "pronunciation": 8,
-         "validity": 8,
+         "validity": 8, "benchmark_people": 8,
          "responders": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
          "serve_gate": 10, "evaluation_framework": 10,
-         "serve_socket": 11, "benchmark_evaluation": 11, "serve_app": 12, "serve": 13,
-         "benchmark": 12}
+         "serve_socket": 11, "benchmark_evaluation": 11,
+         "serve_app": 12, "benchmark": 12,
+         "serve": 13}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
 STANDARD_AT_IMPORT = {"config", "runtime", "setup_environment", "run_experiment"}
