@@ -17,8 +17,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from measuring import percentiles, show, table
 
 PARTS = ("turns", "filters", "kills", "scale")
@@ -31,8 +29,9 @@ NEAR = 0.25              # seconds within which a turn's begin counts as found
 
 # ----------------------------------------------------------------------------- conversations with known turns
 
-def prompts_of(folder: Path, language: str) -> list[np.ndarray]:
+def prompts_of(folder: Path, language: str) -> list:
     """Spoken prompts of one voice at 16 kHz, without the silence around them."""
+    import numpy as np
     import audio_io
     import segmentation
     found = []
@@ -48,7 +47,7 @@ def prompts_of(folder: Path, language: str) -> list[np.ndarray]:
     return found
 
 
-def voices_of(args) -> tuple[dict[str, list[np.ndarray]], str]:
+def voices_of(args) -> tuple[dict[str, list], str]:
     """Voice -> its utterances at 16 kHz, and what they are."""
     folder = Path(args.prompts)
     if args.prompts and folder.is_dir():
@@ -71,12 +70,13 @@ def voices_of(args) -> tuple[dict[str, list[np.ndarray]], str]:
 @dataclass
 class Mixed:
     """A conversation made of prompts: sound (2, N) at 16 kHz, a voice per channel, and what is true of it."""
-    sound: np.ndarray
+    sound: object
     turns: list[tuple[float, float, str]]
 
 
-def mix(voices: list[list[np.ndarray]], count: int, rng: random.Random, rate: int = 16000) -> Mixed:
+def mix(voices: list[list], count: int, rng: random.Random, rate: int = 16000) -> Mixed:
     """Turns of one to three prompts in turn; gaps are drawn around 0.2 s, a third of them overlap."""
+    import numpy as np
     turns, parts, clock = [], [], 0.5
     for k in range(count):
         who, pieces = k % len(voices), []
@@ -108,6 +108,7 @@ def turn_errors(truth: list[tuple], found: list[tuple]) -> dict:
 
 def bench_turns(args, voices: dict) -> dict:
     """Diarisation and turn-building error for a channel per person, one channel, leaks and noise."""
+    import numpy as np
     import data_report
     import segmentation
     from tqdm import tqdm
@@ -139,6 +140,7 @@ def gaps_of(turns, data_report) -> list[float]:
 
 
 def _turn_summary(rows: list[dict]) -> dict:
+    import numpy as np
     import judges
     seconds = [r["seconds"] for r in rows]
     out = {key: judges.bootstrap_interval([r[key] * s for r, s in zip(rows, seconds)], weights=seconds) for key in ("error", "missed", "false_alarm", "confused")}
@@ -154,6 +156,7 @@ def _turn_summary(rows: list[dict]) -> dict:
 
 def bench_filters(args, voices: dict) -> dict:
     """Is the signal-to-noise ratio what was mixed, are foreign prompts left out and English ones kept, are repeats found?"""
+    import numpy as np
     import filters
     import segmentation
     from audio_io import resample
@@ -172,7 +175,7 @@ def bench_filters(args, voices: dict) -> dict:
     return out | repeats(sounds, cfg) | (languages(args, voices, cfg, rng, resample) if Path(args.prompts or "-").is_dir() else {"kept": None})
 
 
-def repeats(sounds: list[np.ndarray], cfg) -> dict:
+def repeats(sounds: list, cfg) -> dict:
     """Copies through MP3 at another gain and telephone rate: found; different clips: not taken for copies."""
     import filters
     import soundfile
@@ -194,6 +197,7 @@ def repeats(sounds: list[np.ndarray], cfg) -> dict:
 
 def languages(args, voices: dict, cfg, rng, resample) -> dict:
     """Share of prompts that pass all filters after the English ASR wrote them down: English ones should, others should not."""
+    import numpy as np
     import people
     import segmentation
     from tqdm import tqdm
@@ -214,6 +218,7 @@ def languages(args, voices: dict, cfg, rng, resample) -> dict:
 
 def recordings_for(voices: dict, folder: Path, count: int, seconds: float, seed: int) -> float:
     """`count` files with transcripts, every tenth one a copy of an earlier one; hours in all."""
+    import numpy as np
     import soundfile
     rng, total = random.Random(seed), 0.0
     for k in range(count):
@@ -345,6 +350,7 @@ def collecting_rates(args, voices: dict, folder: Path) -> tuple[dict, dict]:
 
 def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
     """Tokens of args.hours by repetition: memory after each shard (MB), its growth per 1,000 hours, times real time of one core; bytes per hour."""
+    import numpy as np
     import dataset_pipeline
     import runtime
     import torch
