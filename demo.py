@@ -242,10 +242,10 @@ def file_name(text: str) -> str:
 # ----------------------------------------------------------------------------- answers
 
 class Responder:
-    """What a speaker without a line says: from the text head, from written dialogues, or from a command."""
+    """What a speaker without a line says: from the text head, from written dialogues, from a small language model, or from a command."""
 
     def __init__(self, kind: str, command: str = "", candidates: int = RETRIEVED):
-        self.kind, self.command, self.candidates, self._loaded = kind, command, candidates, None
+        self.kind, self.command, self.candidates, self._loaded, self.language = kind, command, candidates, None, None
         if kind == "command" and not command.strip():
             raise ValueError("--responder command needs --responder_command, such as --responder_command 'python my_bot.py'")
 
@@ -255,6 +255,8 @@ class Responder:
             return session.reply_text(speaker), None
         if self.kind == "command":
             return self._ask_command(history, me), None
+        if self.kind == "smollm":
+            return self._ask_language_model(history, me), None
         return self._retrieve(session, speaker, history)
 
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
@@ -285,6 +287,11 @@ class Responder:
                      for item in items if "said" in item for said in item["said"] for reply in item["replies"]]
             self._loaded = Retriever(small + [item for item in items if item.get("kind") == "assistant"]), general
         return self._loaded
+
+    def _ask_language_model(self, history, me: str) -> str:
+        from small_language_model import SmallLanguageModel, chat_messages, whole_sentences
+        self.language = self.language or SmallLanguageModel()
+        return whole_sentences("".join(self.language.chat(chat_messages(history, me)))) or "Go on."
 
     def _ask_command(self, history, me: str) -> str:
         prompt = "".join(f"{name}: {text}\n" for name, text in history) + f"{me}:"
@@ -627,8 +634,8 @@ def build_parser() -> config.Parser:
     parser.add_argument("--device", default="auto", help="auto|cpu|cuda|mps")
     parser.add_argument("--num_codebooks", type=int, default=0, help="decode only the first N codebooks (default all of the model's)")
     parser.add_argument("--voice", action="append", default=[], metavar="FILE", help="recording of a voice; repeat for the next speaker")
-    parser.add_argument("--responder", default="retrieval", choices=("retrieval", "model", "command"),
-                        help="who answers turns without text: written dialogues ranked by the text head (default), the text head, or a command")
+    parser.add_argument("--responder", default="retrieval", choices=("retrieval", "smollm", "model", "command"),
+                        help="who answers turns without text: written dialogues ranked by the text head (default), a small language model, the text head, or a command")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")
     parser.add_argument("--compile_depth", action="store_true", help="compile the depth decoder's frame (seconds to a minute at the start; needs a C++ compiler)")
