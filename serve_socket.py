@@ -20,6 +20,7 @@ from speech_formats import from_base64, from_pcm
 
 START_SECONDS = 10.0               # for the first message of a conversation, the key included
 AHEAD_SECONDS = 5.0                # sound may arrive so much faster than it was spoken
+LOOK_SECONDS = 0.25                # between two looks at clocks and memory
 OUTGOING = 64                      # pieces of sound (80 ms each) that may wait for a slow listener
 EVENTS = 1000                      # other events that may
 CLOSING, NOT_NOW, POLICY, TOO_LARGE = 1012, 1013, 1008, 1009
@@ -122,7 +123,7 @@ class Connection:
 
     async def _listen(self) -> None:
         """Messages until the end of the conversation."""
-        cfg = self.house.cfg
+        cfg, looked = self.house.cfg, 0.0
         while not self.closed.is_set():
             try:
                 message = await self._next(1.0)
@@ -139,6 +140,9 @@ class Connection:
             now = time.monotonic()
             if self.outgoing.qsize() > EVENTS:                   # it asks and asks, and does not read
                 return
+            if now - looked < LOOK_SECONDS:
+                continue
+            looked = now
             if now - self.live.touched > cfg.idle_seconds:
                 return await self.say_error("idle", f"nothing was said for {cfg.idle_seconds:g} s: connect again to go on")
             if now - self.begun > 60 * cfg.session_minutes:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(weights):
-    return serve.load(serve.build_parser().parse_args(weights)).lab
+    service = serve.load(serve.build_parser().parse_args(weights))
+    service.close()
+    return service.lab
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def speech(client, **body):
 # ----------------------------------------------------------------------------- facts
 
 def test_what_is_there(client):
-    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/favicon.ico").status_code == 204
     assert client.get("/ready").json() == {"status": "ready", "model": "model", "sessions": 0, "waiting": 0}
     models = client.get("/v1/models").json()
     assert models["object"] == "list" and models["data"][0]["id"] == "model" and client.get("/v1/models/model").json() == models["data"][0]
@@ -713,6 +716,36 @@ def test_a_closing_server_lets_replies_end(make_client):
         events = talk.until("close")
         assert "reply_done" in kinds(events) and events[-2]["code"] == "closing" and events[-1]["code"] == 1012
     assert not client.house.busy
+
+
+def test_the_page_talks_with_this_server(lab):
+    """A real Chromium: typed, answered, heard to its end, and nothing to complain about."""
+    playwright, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    from serve_app import make_app
+    from service import Service
+    cfg, complaints = ServeConfig(port=0), []
+    server = serve.make_server(make_app(Service(lab, Says(), cfg, LiveConfig(user_sound=False), EndpointConfig(), transcribe=lambda audio, rate: "words")), cfg)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        with playwright.sync_playwright() as run, run.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]) as browser:
+            page = browser.new_page()
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+            page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+            page.fill("#text", "good morning.")
+            page.press("#text", "Enter")
+            page.wait_for_selector(".turn.voice .again", timeout=60_000)
+            assert page.inner_text(".turn.voice .words") == "You said good morning. And I say so."
+            page.goto(page.url.rstrip("/") + "/docs")
+            page.wait_for_selector('[data-path="/v1/audio/speech"]', timeout=60_000)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert complaints == []
 
 
 # ----------------------------------------------------------------------------- a process
