@@ -484,6 +484,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
         value = found.get(f"{group}/{probe}/{task}")
         return "-" if value is None else show(value[what], 2, what == "accuracy")
     for group, bits in result["code_bits"].items():
+        if f"{group}/linear/phones" not in found:
+            continue
         best = "recurrent" if f"{group}/recurrent/phones" in found else "linear"
         lines.append([group, f"{bits:.0f}", cell(group, "linear", "phones"), cell(group, "recurrent", "phones"), cell(group, best, "phones", "bits"), cell(group, "linear", "words"), cell(group, "recurrent", "words")])
     chance = result["chance"]
@@ -491,7 +493,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
     body = f"**H1 is {result['verdict']}**: {result['seeds']} seeds, {result['test_turns']} turns of {result['n_conversations']} conversations of held-out characters; probes learned from {result['train_turns']} turns.\n\n"
     body += table(head, lines) + "\n\n" + verdicts.verdict_table(rows)
     bare = ", ".join(f"{key.split('/')[0]} {show(value['accuracy'], 2, True)}" for key, value in found.items() if "/bare/" in key)
-    return body + (f"\n\nPhones, linear probe on bare codes: {bare}. These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
+    bare = f"Phones, linear probe on bare codes: {bare}. " if bare else ""
+    return body + (f"\n\n{bare}These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
                    f"\n\nDecision rule: `experiments/{NAME}.py`. Picture: `{result['picture']}`.")
 
 
