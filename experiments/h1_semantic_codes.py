@@ -471,7 +471,7 @@ def draw(path: Path, found: dict, chance: dict, equal: int) -> str:
             for probe, style in (("linear", ":"), ("recurrent", "--")):
                 one.axhline(found[f"{side}/{probe}/{task}"]["accuracy"]["mean"], color=colour, linestyle=style, linewidth=1, label=f"all {side}, {probe}")
         one.axhline(chance[task]["accuracy"], color="black", linewidth=1, label="chance")
-        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", ylim=(0, 1))
+        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", xlim=(0, equal + 1), ylim=(0, 1))
         one.legend(fontsize=7)
     return verdicts.save_picture(drawing, path)
 
