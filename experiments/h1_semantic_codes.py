@@ -471,7 +471,7 @@ def draw(path: Path, found: dict, chance: dict, equal: int) -> str:
             for probe, style in (("linear", ":"), ("recurrent", "--")):
                 one.axhline(found[f"{side}/{probe}/{task}"]["accuracy"]["mean"], color=colour, linestyle=style, linewidth=1, label=f"all {side}, {probe}")
         one.axhline(chance[task]["accuracy"], color="black", linewidth=1, label="chance")
-        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", ylim=(0, 1))
+        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", xlim=(0, equal + 1), ylim=(0, 1))
         one.legend(fontsize=7)
     return verdicts.save_picture(drawing, path)
 
@@ -484,6 +484,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
         value = found.get(f"{group}/{probe}/{task}")
         return "-" if value is None else show(value[what], 2, what == "accuracy")
     for group, bits in result["code_bits"].items():
+        if f"{group}/linear/phones" not in found:
+            continue
         best = "recurrent" if f"{group}/recurrent/phones" in found else "linear"
         lines.append([group, f"{bits:.0f}", cell(group, "linear", "phones"), cell(group, "recurrent", "phones"), cell(group, best, "phones", "bits"), cell(group, "linear", "words"), cell(group, "recurrent", "words")])
     chance = result["chance"]
@@ -491,7 +493,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
     body = f"**H1 is {result['verdict']}**: {result['seeds']} seeds, {result['test_turns']} turns of {result['n_conversations']} conversations of held-out characters; probes learned from {result['train_turns']} turns.\n\n"
     body += table(head, lines) + "\n\n" + verdicts.verdict_table(rows)
     bare = ", ".join(f"{key.split('/')[0]} {show(value['accuracy'], 2, True)}" for key, value in found.items() if "/bare/" in key)
-    return body + (f"\n\nPhones, linear probe on bare codes: {bare}. These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
+    bare = f"Phones, linear probe on bare codes: {bare}. " if bare else ""
+    return body + (f"\n\n{bare}These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
                    f"\n\nDecision rule: `experiments/{NAME}.py`. Picture: `{result['picture']}`.")
 
 
