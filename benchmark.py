@@ -27,7 +27,6 @@ from pathlib import Path
 
 import config
 from benchmark_codec import bench_codec, codec_body
-from benchmark_people import PROMPTS, bench_people
 from benchmark_tokens import bench_tokens
 from benchmark_voice import LISTEN, LONG, SETS, bench_voice, load_talker, session_with_voices, voice_body, weights_name
 from measuring import hear, paired, percentiles, pick_turns, rounded, show, sound_of, summary, table
@@ -353,6 +352,12 @@ def bench_train(args) -> tuple[dict, str]:
     return benchmark_model.bench_train(args, train.build_optimisers)
 
 
+def bench_people(args) -> tuple[dict, str]:
+    """Recordings of people: diarisation, filters, a collector that is killed, rates, memory and the loader."""
+    import benchmark_people
+    return benchmark_people.bench_people(args)
+
+
 def inspect(args) -> dict:
     """Pictures of gates, half-lives, and of what one test turn attends to."""
     import benchmark_model
@@ -424,7 +429,8 @@ def build_parser() -> config.Parser:
 
 
 def _people_flags(part) -> None:
-    part.add_argument("--prompts", default=PROMPTS, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {PROMPTS}")
+    prompts = "/usr/share/asterisk/sounds"
+    part.add_argument("--prompts", default=prompts, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {prompts}")
     part.add_argument("--parts", default="turns,filters,kills,scale", help="what is measured; default turns,filters,kills,scale")
     for flag, value, what in (("--conversations", 12, "conversations that are cut"), ("--turns", 20, "turns of each"), ("--clips", 60, "clips with noise"), ("--heard", 25, "prompts of each voice that are written down"),
                               ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--batches", 60, "batches of the loader"),

@@ -22,7 +22,6 @@ import numpy as np
 from measuring import percentiles, show, table
 
 PARTS = ("turns", "filters", "kills", "scale")
-PROMPTS = "/usr/share/asterisk/sounds"
 VOICES = ("es", "fr", "it", "ru")
 SOUNDS_ONLY = re.compile(r"beep|silence|tt-|monkey|music|digits|phonetic|letters|dtmf|ring|tone|busy|weasel")
 SECONDS = (0.6, 8.0)

@@ -46,7 +46,10 @@ COMMANDS = {
     "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
     "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
     "python collect_data.py --target_hours 1 --texts my_texts.txt --output data/readings": ("--target_hours 0.004 --engine hibari --workers 1", ""),
-    "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
+    "python collect_data.py corpora": ("", ""),
+    "python collect_data.py --source folder --path my_recordings --output data/mine": ("", ""),
+    "python collect_data.py report --data data/mine --output outputs/data_report.html": ("--data data/synthetic", ""),
+    "python collect_data.py plan --hours 100000 --price 0.03": ("--results people.md", ""),
     "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
     "python config.py": ("", ""),
     "python rvq_tokenizer.py encode my_voice.wav outputs/voice.codes": ("", ""),
@@ -73,6 +76,7 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
+    "python benchmark.py people": ("--prompts none --parts turns,filters --conversations 1 --turns 3 --clips 2 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
@@ -136,6 +140,8 @@ def house(tmp_path_factory) -> Path:
     voice = audio_io.read_audio(next((folder / "data/synthetic").rglob("*.flac")))
     audio_io.write_audio(folder / "my_voice.wav", voice)
     (folder / "my_texts.txt").write_text("".join(f"The bus number {n} leaves at {n} past seven today.\n" for n in range(300)))
+    rates = {"rates": dict.fromkeys(("channels", "voices", "asr", "filters", "tokens"), 10.0), "bytes_per_hour": dict.fromkeys(("flac", "manifests", "tokens"), 1e8)}
+    (folder / "people.md").write_text(f"<!-- begin people -->\n```json\n{json.dumps(rates)}\n```\n<!-- end people -->\n")
     (folder / "my_recordings").mkdir()
     for name in ("one_ann", "two_ann", "three_bob"):
         audio_io.write_audio(folder / "my_recordings" / f"{name}.wav", voice)
