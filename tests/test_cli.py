@@ -76,7 +76,7 @@ COMMANDS = {
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py train": ("--model_size test --rows 1 --positions 128 --repeats 1 --precisions fp32 --plan test --results outputs/R.md", ""),
-    "python benchmark.py people": ("--prompts none --parts turns,filters --conversations 1 --turns 3 --clips 2 --results outputs/R.md", ""),
+    "python benchmark.py people": ("--prompts none --split train --parts turns,filters --conversations 1 --turns 3 --clips 2 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }
