@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from pathlib import Path
 from measuring import percentiles, show, table
 
 PARTS = ("turns", "filters", "kills", "scale")
-PROMPTS = "/usr/share/asterisk/sounds"
 VOICES = ("es", "fr", "it", "ru")
 SOUNDS_ONLY = re.compile(r"beep|silence|tt-|monkey|music|digits|phonetic|letters|dtmf|ring|tone|busy|weasel")
 SECONDS = (0.6, 8.0)
@@ -255,7 +255,7 @@ def bench_kills(args, voices: dict) -> dict:
             index = Path(folder) / "parts/index.jsonl"
             seen.append(index.read_bytes().count(b"\n") if index.is_file() else 0)
             if seen[-1] > args.files:                                      # all done: begin anew, so that kills fall into work
-                subprocess.run(["rm", "-rf", str(Path(folder) / "parts")], check=True)
+                shutil.rmtree(Path(folder) / "parts")
         _collector(mine, Path(folder) / "parts").wait()
         one, two = (_content(Path(folder) / name) for name in ("whole", "parts"))
         ids = [json.loads(line)["id"] for line in (Path(folder) / "parts/index.jsonl").read_text().splitlines()[1:]]
@@ -349,8 +349,12 @@ def collecting_rates(args, voices: dict, folder: Path) -> tuple[dict, dict]:
 
 
 def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
+<<<<<<< HEAD
     """Tokens of args.hours by repetition: memory after each shard (MB), its growth per 1,000 hours, times real time of one core; bytes per hour."""
     import numpy as np
+=======
+    """Tokens of args.hours by repetition: memory after each shard (MB), its growth from the second quarter to the last, times real time of one core; bytes per hour."""
+>>>>>>> people
     import dataset_pipeline
     import runtime
     import torch
@@ -371,28 +375,27 @@ def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
     finally:
         dataset_pipeline._write_shard = real
         torch.set_num_threads(threads)
-    hours = np.cumsum([h for h, _ in track])
-    late = hours > hours[-1] / 3                                           # the first shards fill caches
-    slope = float(np.polyfit(hours[late], np.array([m for _, m in track])[late], 1)[0]) if late.sum() > 2 else None
+    memory = [m for _, m in track]
+    quarter = max(1, len(memory) // 4)                                     # the first quarter fills caches
+    growth = float(np.mean(memory[-quarter:]) - np.mean(memory[quarter:2 * quarter])) if len(memory) > 3 else None
     done = sum(part["hours"] for part in index["splits"].values())
     size = sum(p.stat().st_size for p in (folder / "tokens").glob("*.safetensors"))
     return {"hours": done, "turns": turns, "shards": len(track), "first_mb": track[0][1], "last_mb": track[-1][1], "largest_mb": max(m for _, m in track),
-            "growth_mb_per_hour": slope, "times_real_time": done * 3600 / spent}, size / done
+            "growth_mb": growth, "times_real_time": done * 3600 / spent}, size / done
 
 
 def loading(args, folder: Path) -> dict:
-    """Padding waste and hours of speech per second that one core hands out to training, without a model."""
+    """Padding waste and hours of speech per second that one core hands out to training, without a model: whole pools, from windows to batches."""
     from config import model_preset
     from dataset_pipeline import ConversationDataset
     cfg = model_preset("nano")
-    data = ConversationDataset(folder, cfg, batch_positions=args.batch_positions, seed=args.seed)
-    data.draw()
-    frames, start = 0, time.process_time()
-    for _ in range(args.batches):
+    data = ConversationDataset(Path(args.data) if (Path(args.data) / "tokens/index.json").is_file() else folder, cfg, batch_positions=args.batch_positions, seed=args.seed)
+    batches, frames, start = 0, 0, time.process_time()
+    while data.pool_number < args.pools:
         batch, _, _ = data.draw()
-        frames += int(batch.mask[..., 0].sum())
+        frames, batches = frames + int(batch.mask[..., 0].sum()), batches + 1
     spent = time.process_time() - start
-    return {"batches": args.batches, "positions": args.batch_positions, "waste": data.waste, "hours_per_core_second": frames / cfg.frame_rate / 3600 / spent}
+    return {"batches": batches, "positions": args.batch_positions, "waste": data.waste, "hours_per_core_second": frames / cfg.frame_rate / 3600 / spent}
 
 
 # ----------------------------------------------------------------------------- the section
@@ -435,7 +438,7 @@ def people_body(r: dict) -> str:
         body.append(table(["stage", "hours of recording per core-hour"], [[name, show(r["rates"][key], 1)] for name, key in (("cut, a channel each", "channels"), ("cut, one channel", "voices"), ("speech recognition (tiny.en)", "asr"),
                                                                                                                          ("filters, loudness, pitch, FLAC", "filters"), ("tokens", "tokens"))]))
         body.append(f"Tokens of {m['hours']:.1f} h by repetition ({m['turns']} turns, {m['shards']} shards): memory {m['first_mb']:.0f} MB after the first shard, {m['last_mb']:.0f} MB after the last, "
-                    f"largest {m['largest_mb']:.0f} MB, growth {show(m['growth_mb_per_hour'])} MB per hour. Loader: {show(loader['waste'], 2, True)} padding in {loader['batches']} batches of {loader['positions']} positions, "
+                    f"largest {m['largest_mb']:.0f} MB, from the second quarter to the last {show(m['growth_mb'], 1)} MB. Loader: {show(loader['waste'], 2, True)} padding in {loader['batches']} batches of {loader['positions']} positions, "
                     f"{loader['hours_per_core_second']:.2f} hours of speech per second and core.")
     return "\n\n".join(body)
 
