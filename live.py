@@ -42,6 +42,7 @@ WAITING = 3                                # turns and orders that may wait for 
 MIN_HEARD = 3                              # frames of an interrupted sentence, below which none of it counts as heard
 LETTERS_PER_SECOND = 14.0                  # for the first estimate of what was heard, before the sentence's own readings are known
 TAIL_SECONDS = 0.3                         # a reply may be interrupted for so long after it has played: buffers of the listener
+DRAFT_SHARE = 5                            # times as long as a transcript takes lie between two drafts of a turn
 SLACK = 0.02                               # seconds that a piece may be late before it counts as an underrun
 REPLY_CHARACTERS = 1200
 SHORTEST = 12                              # characters of a first sentence, so that it is no mere "Oh."
@@ -58,7 +59,7 @@ class Ears:
     """Writes down what is said, for all conversations: whole turns before drafts, and drafts only where nothing else waits."""
 
     def __init__(self, transcribe: Callable[[np.ndarray, int], str], workers: int = 1, limit: int = 64):
-        self.transcribe, self.limit, self.seconds = transcribe, limit, 0.0
+        self.transcribe, self.limit, self.seconds, self.newest = transcribe, limit, 0.0, 0.0        # newest: seconds that the newest transcript took
         self._jobs, self._count = queue.PriorityQueue(), itertools.count()
         self._threads = [threading.Thread(target=self._work, name=f"ears-{n}", daemon=True) for n in range(workers)]
         for thread in self._threads:
@@ -84,7 +85,8 @@ class Ears:
                 future.set_result(self.transcribe(audio, rate))
             except Exception as error:                          # whatever it was, it belongs to whoever asked
                 future.set_exception(error)
-            self.seconds += time.perf_counter() - start
+            self.newest = time.perf_counter() - start
+            self.seconds += self.newest
 
     def close(self) -> None:
         for _ in self._threads:
@@ -347,8 +349,9 @@ class LiveConversation:
             future.add_done_callback(lambda done, n=self._utterance: self._drafted_text(done, n, hint=True))
 
     def _maybe_draft(self) -> None:
-        """While somebody speaks on and on."""
-        if not self.ear.speaking or not self.cfg.partial_seconds or self.ear.kept_seconds - self._drafted < self.cfg.partial_seconds:
+        """While somebody speaks on and on; the rarer the longer it takes, since the transcript of the whole turn may come to wait for it."""
+        due = max(self.cfg.partial_seconds, DRAFT_SHARE * self.ears.newest)
+        if not self.ear.speaking or not self.cfg.partial_seconds or self.ear.kept_seconds - self._drafted < due:
             return
         self._drafted = self.ear.kept_seconds
         future = self.ears.submit(self.ear.audio(), self.sample_rate, draft=True)

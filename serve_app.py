@@ -281,6 +281,10 @@ def add_page(app: FastAPI) -> None:
     async def page():
         return send_file(files, "index.html") if files else JSONResponse({"status": "ok", "see": "/docs"})
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon():
+        return Response(status_code=204)
+
     @app.get("/static/{name:path}", include_in_schema=False)
     async def static(name: str):
         return send_file(files, name)

@@ -172,6 +172,14 @@ def test_partial_transcripts_while_somebody_speaks_on(parts):
         assert partial[:2] == ["one", "one two"]
 
 
+def test_a_slow_transcriber_is_asked_for_fewer_drafts(parts):
+    with Talk(parts, Says(["Yes."]), partial_seconds=0.5) as talk:
+        talk.ears.newest = 10.0
+        for _ in range(12):
+            talk.live.hear(voice(100))
+        assert talk.written == 0 and talk.events.get(timeout=5)["type"] == "speech_started" and talk.events.empty()
+
+
 def test_a_whole_sentence_is_answered_sooner_than_a_broken_off_one(parts):
     with Talk(parts, Says(["Yes."], ["Yes."]), heard=["I lost my keys.", "I went to the"]) as talk:
         for whole in (True, False):

@@ -56,7 +56,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(weights):
-    return serve.load(serve.build_parser().parse_args(weights)).lab
+    service = serve.load(serve.build_parser().parse_args(weights))
+    service.close()
+    return service.lab
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def speech(client, **body):
 # ----------------------------------------------------------------------------- facts
 
 def test_what_is_there(client):
-    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/favicon.ico").status_code == 204
     assert client.get("/ready").json() == {"status": "ready", "model": "model", "sessions": 0, "waiting": 0}
     models = client.get("/v1/models").json()
     assert models["object"] == "list" and models["data"][0]["id"] == "model" and client.get("/v1/models/model").json() == models["data"][0]
