@@ -158,7 +158,7 @@ def cluster():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray_serve.run(build(Settings(min_replicas=2, max_replicas=2, cpus=0.5, flags="--max_sessions 4")), name="test", route_prefix="/")
+    ray_serve.run(build(Settings(min_replicas=2, max_replicas=2, cpus=0.5, flags="--max_sessions 4 --requests_per_minute 100000")), name="test", route_prefix="/")
     yield f"127.0.0.1:{port}"
     ray_serve.shutdown()
     ray.shutdown()
