@@ -179,6 +179,32 @@ def serve():
         thread.join(10)
 
 
+@pytest.fixture
+def real_server(tmp_path):
+    """serve.py's own application with a tiny untrained model; its address."""
+    uvicorn = pytest.importorskip("uvicorn")
+    serve = pytest.importorskip("serve")
+    import checkpoint
+    from architecture import CSM
+    from config import CodecConfig, model_preset
+    from rvq_tokenizer import Codec
+    from serve_app import make_app
+    codec = Codec(CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, width=16, latent=16, encoder_layers=1, latent_layers=1,
+                              decoder_layers=3, num_mels=20, num_low_bins=16, num_bands=20))
+    model = CSM(model_preset("test"))
+    model.init_weights()
+    checkpoint.save_codec(codec, tmp_path / "codec")
+    checkpoint.save_pretrained(model, tmp_path / "model", codec_fingerprint=codec.fingerprint)
+    service = serve.load(serve.build_parser().parse_args(["--checkpoint", str(tmp_path / "model"), "--codec", str(tmp_path / "codec"), "--device", "cpu", "--max_seconds", "1.5"]))
+    server = uvicorn.Server(uvicorn.Config(make_app(service, "secret"), host="127.0.0.1", port=0, log_level="critical", ws="websockets-sansio"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = server.force_exit = True
+    thread.join(20)
+
+
 # ----------------------------------------------------------------------------- a browser
 
 @pytest.fixture(scope="session")
@@ -350,6 +376,26 @@ def test_escape_stops_the_voice(page, serve):
     wait(lambda: fake.of("cancel") and fake.of("played"))
     assert fake.of("played")[0]["ms"] < 1000 * SECONDS - 200
     state(page, "ready")
+
+
+def test_with_the_real_server(page, real_server):
+    """Key, typed turn, another voice, a recording, silence: nothing that one side says is unknown to the other."""
+    page.allowed_errors = ("401",)
+    page.goto(real_server)
+    page.wait_for_selector("#key_form:visible")
+    page.fill("#key", "secret")
+    page.press("#key", "Enter")
+    page.wait_for_selector("#voice option[value=alba]", state="attached")
+    assert page.input_value("#voice") == "alba"
+    page.click("text=How was your day?")
+    page.wait_for_selector(".turn.voice .again")
+    assert "first sound after" in page.inner_text(".turn.voice .about") and "positions" in page.inner_text("#memory_about")
+    page.select_option("#voice", "bruna")
+    page.set_input_files("#upload", str(ROOT / "pretrained/voices/voice_2.flac"))
+    page.fill("#text", "And now?")
+    page.press("#text", "Enter")
+    page.wait_for_selector(".turn.voice >> nth=1 >> .again")
+    assert page.is_hidden("#alert") and len(page.query_selector_all(".turn.you")) == 2
 
 
 # ----------------------------------------------------------------------------- voices, keys, errors
