@@ -162,10 +162,11 @@ def test_files_say_that_they_are_synthetic(client, form):
 def test_speech_is_marked_where_it_is_wanted(make_client, client, monkeypatch):
     """The mark of watermark.py: as much sound, changed a little, the same in a reply of a conversation."""
     import watermark
+    monkeypatch.setenv("WATERMARK_KEY", "secret")
     marking = make_client(watermark=True)
     plain, marked = (from_pcm(speech(c, input="Hello there, my friend.").content) / 32767 for c in (client, marking))
     assert len(plain) == len(marked)
-    np.testing.assert_allclose(marked, watermark.embed(plain.astype(np.float32)), atol=2e-4)
+    np.testing.assert_allclose(marked, watermark.embed(plain.astype(np.float32), "secret"), atol=2e-4)
     assert np.abs(marked - plain).max() > 1e-3
     pushed = []
     monkeypatch.setattr(watermark.Marker, "push", lambda self, chunk, push=watermark.Marker.push: pushed.append(len(chunk)) or push(self, chunk))
