@@ -241,13 +241,14 @@ def bench_speed(args) -> tuple[dict, str]:
     """Frames per second and milliseconds per stage of real turns."""
     import runtime
     import torch
+    from frame_step import FrameStep
     from tqdm import tqdm
     talker = load_talker(args)
     model, codec = talker[:2]
     picked = pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True)
     session_with_voices(talker, args.data, *picked[0], config.SamplingConfig(max_seconds=1.0)).say(0, "a warm up.")
     frames, total, first, prepare, watch = 0, 0.0, [], [], Stopwatch(next(model.parameters()).device)
-    for owner, method, name in ((model, "forward", "backbone"), (model, "depth_generate", "depth decoder"), (codec, "decode_stream", "codec decoder")):
+    for owner, method, name in ((model, "forward", "backbone"), (FrameStep, "_step", "backbone"), (model, "depth_generate", "depth decoder"), (codec, "decode_stream", "codec decoder")):
         watch.watch(owner, method, name)
     for number, (turns, i) in enumerate(tqdm(picked, desc="speed", unit="turn")):
         start = time.perf_counter()
