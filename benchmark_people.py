@@ -349,12 +349,8 @@ def collecting_rates(args, voices: dict, folder: Path) -> tuple[dict, dict]:
 
 
 def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
-<<<<<<< HEAD
-    """Tokens of args.hours by repetition: memory after each shard (MB), its growth per 1,000 hours, times real time of one core; bytes per hour."""
-    import numpy as np
-=======
     """Tokens of args.hours by repetition: memory after each shard (MB), its growth from the second quarter to the last, times real time of one core; bytes per hour."""
->>>>>>> people
+    import numpy as np
     import dataset_pipeline
     import runtime
     import torch
@@ -444,10 +440,11 @@ def people_body(r: dict) -> str:
 
 
 def add_flags(part) -> None:
-    part.add_argument("--prompts", default=PROMPTS, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {PROMPTS}")
+    prompts = "/usr/share/asterisk/sounds"
+    part.add_argument("--prompts", default=prompts, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {prompts}")
     part.add_argument("--parts", default="turns,filters,kills,scale", help="what is measured; default turns,filters,kills,scale")
     for flag, value, what in (("--conversations", 12, "conversations that are cut"), ("--turns", 20, "turns of each"), ("--clips", 60, "clips with noise"), ("--heard", 25, "prompts of each voice that are written down"),
-                              ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--batches", 60, "batches of the loader"),
+                              ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--pools", 2, "pools of windows that the loader packs"),
                               ("--batch_positions", 4096, "positions of a batch")):
         part.add_argument(flag, type=int, default=value, help=f"{what}; default {value}")
     part.add_argument("--hours", type=float, default=2.0, help="hours that become tokens, by repetition; default 2")
