@@ -126,7 +126,7 @@ def voice_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
     """Voice consistency within turns: share of turns whose halves the verifier takes for one person's. parts: cosine (mean, lowest), turns.
 
     A share of decisions, since the cosines themselves move with anything that is done to a sound. The least cosine that is accepted is
-    the one that 95 % of turns in one voice exceed, through the vocoder or at an uneven pace as well (validity.fit).
+    the one that 98 % of natural turns exceed (validity.fit), low enough for speech that went through a vocoder.
     """
     cosines = [m["halves"] for m in measured if m["halves"] is not None]
     if not cosines:
