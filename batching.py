@@ -60,6 +60,7 @@ class _Lane:
         self.done = threading.Event()
         self.error: BaseException | None = None
         self.cancelled = False
+        self.winding_up = False                             # made to its end: nobody hears what is left to do
 
     def undo(self) -> None:
         """The session as it was before."""
@@ -511,7 +512,8 @@ class BatchingEngine:
         """At most `prefill_positions` for all newcomers in turn; four times as much where nobody speaks who could be kept waiting."""
         budget = self.cfg.prefill_positions * (1 if any(not lane.resting for lane in self._speaking) else 4)
         while budget > 0 and self._preparing:
-            lane = self._preparing.popleft()
+            lane = min(self._preparing, key=lambda lane: lane.winding_up)        # who has not yet been heard comes first
+            self._preparing.remove(lane)
             try:
                 budget -= next(lane.steps).shape[1]
                 self._preparing.append(lane)
@@ -614,7 +616,7 @@ class BatchingEngine:
     def _wind_up(self, lane: _SpeechLane) -> None:
         self._speaking.remove(lane)
         self._sounds.forget(lane)
-        lane.steps, lane.after = self._ending(lane), self._end
+        lane.steps, lane.after, lane.winding_up = self._ending(lane), self._end, True
         self._preparing.append(lane)
 
     def _ending(self, lane: _SpeechLane) -> Iterator[Tensor]:

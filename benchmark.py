@@ -2,6 +2,7 @@
 
     python benchmark.py judges        can the judges tell good from bad?
     python benchmark.py data          is the synthetic speech as clear and natural as the TTS it comes from?
+    python benchmark.py people        recordings of people: who speaks when, what filters take, kills, rates, memory
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
@@ -40,6 +41,7 @@ import benchmark_evaluation
 import benchmark_fast
 import benchmark_latency
 import benchmark_model
+import benchmark_people
 import benchmark_personal
 import benchmark_replies
 import benchmark_serve
@@ -239,13 +241,14 @@ def bench_speed(args) -> tuple[dict, str]:
     """Frames per second and milliseconds per stage of real turns."""
     import runtime
     import torch
+    from frame_step import FrameStep
     from tqdm import tqdm
     talker = load_talker(args)
     model, codec = talker[:2]
     picked = pick_turns(args.data, args.split, args.turns, args.seed, same_speaker_before=True)
     session_with_voices(talker, args.data, *picked[0], config.SamplingConfig(max_seconds=1.0)).say(0, "a warm up.")
     frames, total, first, prepare, watch = 0, 0.0, [], [], Stopwatch(next(model.parameters()).device)
-    for owner, method, name in ((model, "forward", "backbone"), (model, "depth_generate", "depth decoder"), (codec, "decode_stream", "codec decoder")):
+    for owner, method, name in ((model, "forward", "backbone"), (FrameStep, "_step", "backbone"), (model, "depth_generate", "depth decoder"), (codec, "decode_stream", "codec decoder")):
         watch.watch(owner, method, name)
     for number, (turns, i) in enumerate(tqdm(picked, desc="speed", unit="turn")):
         start = time.perf_counter()
@@ -415,6 +418,7 @@ MODEL = "data split codec checkpoint device threads"
 PARTS = {
     "judges": Part("Can the judges tell good from bad?", bench_judges, "data split", 24),
     "data": Part("Synthetic data", bench_data, "data split", 60),
+    "people": Part("Recordings of people", benchmark_people.bench_people, "data split codec", 0, benchmark_people.add_flags),
     "codec": Part("Codec", benchmark_codec.bench_codec, "data split codec device threads", 30, benchmark_codec.add_flags),
     "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),

@@ -89,7 +89,8 @@ class Frame:
 
     def __init__(self, model, seed: int):
         import torch
-        from generation import audio_rows, join, text_rows
+        from frame_step import FrameStep
+        from turns import audio_rows, join, text_rows
         g, cfg = torch.Generator().manual_seed(seed), model.cfg
         tokens = torch.randint(cfg.code_offset, cfg.audio_vocab, (cfg.num_codebooks, CONTEXT // 2), generator=g)
         letters = [97 + int(i) for i in torch.randint(26, (CONTEXT // 2 - 1,), generator=g)] + [cfg.eot_id]
@@ -97,17 +98,19 @@ class Frame:
         rows = join([text_rows(letters, cfg, 0), audio_rows(tokens, cfg, 0, [0] * (CONTEXT // 2))])
         with torch.inference_mode():
             self.hidden = model(rows, state=self.state)[0, -(CONTEXT // 2):]
+            model(audio_rows(tokens[:, :1], cfg, 0, [0]), state=self.state)      # a turn's first frame leaves the text's keys in the state
+        self.step = FrameStep(model)
 
     def __call__(self, number: int) -> tuple[list[int], dict]:
         """Codes after hidden state `number`, and seconds of the depth decoder and the backbone, and of processor time for both."""
         import torch
-        from generation import audio_rows, decode_frame
+        from generation import decode_frame
         model, state = self.model, copy.copy(self.state)
         with torch.inference_mode():
             start, busy = time.perf_counter(), time.process_time()
             tokens = decode_frame(model, self.hidden[number % len(self.hidden)], model.cfg.audio_vocab - model.cfg.code_offset, self.sampling, None, False)
             middle = time.perf_counter()
-            model(audio_rows(tokens.view(-1, 1), model.cfg, 0, [0]), state=state)
+            self.step([state], [0], tokens.view(1, -1), [0])
         return tokens.tolist(), {"depth": middle - start, "backbone": time.perf_counter() - middle, "cpu": time.process_time() - busy}
 
 

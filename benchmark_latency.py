@@ -443,7 +443,7 @@ def heats_of(args, rows: list[Row]) -> list[tuple[list[Row], list, dict]]:
     add(by["speak"], lambda: speak_items(args, args.turns))
     add(by["answer"], lambda: answer_items(args, args.turns))
     for size in dict.fromkeys(r.spec["size"] for r in by["csm"]):
-        add([r for r in by["csm"] if r.spec["size"] == size], lambda: speak_items(args, few), frames=args.frames if size == "csm-nano" else max(2, args.frames // 2))
+        add([r for r in by["csm"] if r.spec["size"] == size], lambda: speak_items(args, few), frames=max(2, args.frames // 2) if size == "csm-tiny" else args.frames)
     for size in dict.fromkeys(r.spec["size"] for r in by["sizes"]):
         part = [r for r in by["sizes"] if r.spec["size"] == size]
         if size in LARGE:                  # each alone: several would not fit into memory

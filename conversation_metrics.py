@@ -9,7 +9,7 @@ sound's contents), then scored together (`score`). What cannot be judged scores 
 | score | 1 means | source |
 |---|---|---|
 | character | one person per name: a fitted verifier takes a name's turns for one person and two names for two | cosine of Resemblyzer's d-vectors (arXiv 1710.10467), pitch level |
-| voice | nobody changes within a turn: the verifier takes the halves of every turn for one person | as above |
+| voice | nobody changes within a turn: the halves of every turn are near enough | cosine of d-vectors |
 | mood | the moods heard fit the moods asked for better than in any other order of the speaker's turns | logistic regression on pitch, range, loudness, pace, tilt |
 | prosody | melody, timing and pauses are those of a natural rendering of the same words | concordance (Lin 1989), DTW |
 | flow | gaps and overlaps are distributed as people's | Levinson and Torreira 2015, Wasserstein distance |
@@ -98,7 +98,7 @@ def pair_features(a: dict, b: dict) -> list[float] | None:
 def character_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
     """Character consistency: mean probability of the right decision of the verifier over pairs of one name, and over pairs of two names, averaged.
 
-    Of one name the first half of the turns is paired with the last half: a voice that wanders or changes shows most between these.
+    Of one name the first third of the turns is paired with the last third: a voice that wanders or changes shows most between these.
     With one name the first part alone. parts: same (mean probability within names), different (between), cosine, pairs.
     """
     same, different, cosines = [], [], []
@@ -114,9 +114,10 @@ def character_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
 
 
 def _pairs(talk: Dialogue, measured: list[dict]) -> list[tuple[int, int]]:
-    """Places of the turns that are compared: each name's first half with its last half, and every turn with those of other names."""
+    """Places of the turns that are compared: each name's first third with its last third, and every turn with those of other names."""
     usable = {s: [i for i in talk.of(s) if pair_features(measured[i], measured[i]) is not None] for s in talk.speakers}
-    own = [(i, j) for places in usable.values() for i in places[:(len(places) + 1) // 2] for j in places[len(places) // 2:] if i < j]
+    third = {s: (len(places) + 2) // 3 for s, places in usable.items()}
+    own = [(i, j) for s, places in usable.items() for i in places[:third[s]] for j in places[-third[s]:] if i < j]
     names = list(usable)
     return own + [(i, j) for k, a in enumerate(names) for b in names[k + 1:] for i in usable[a] for j in usable[b]]
 
@@ -124,12 +125,13 @@ def _pairs(talk: Dialogue, measured: list[dict]) -> list[tuple[int, int]]:
 def voice_score(talk: Dialogue, measured: list[dict], models: dict) -> dict:
     """Voice consistency within turns: share of turns whose halves the verifier takes for one person's. parts: cosine (mean, lowest), turns.
 
-    A share of decisions, since the cosines themselves move with anything that is done to a sound; the verifier is fitted on vocoded speech as well.
+    A share of decisions, since the cosines themselves move with anything that is done to a sound. The least cosine that is accepted is
+    the one that 98 % of natural turns exceed (validity.fit), low enough for speech that went through a vocoder.
     """
     cosines = [m["halves"] for m in measured if m["halves"] is not None]
     if not cosines:
         return _scored(None, f"no turn holds {2 * HALF:g} s of speech", turns=0)
-    return _scored(float(np.mean([logistic([c], models["halves"]) > 0.5 for c in cosines])), cosine=float(np.mean(cosines)), lowest=min(cosines), turns=len(cosines))
+    return _scored(float(np.mean([c >= models["halves"]["accept"] for c in cosines])), cosine=float(np.mean(cosines)), lowest=min(cosines), turns=len(cosines))
 
 
 def mood_evidence(talk: Dialogue, measured: list[dict], models: dict) -> list[dict[str, float] | None]:

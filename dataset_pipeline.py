@@ -162,7 +162,7 @@ def _write_shard(path: Path, supervisions: list[dict], data: Path, codec, conten
     records, consumed, phones = zip(*(_turn_record(s, c, codec.cfg) for s, c in zip(supervisions, codes)))
     tensors = {"codes": torch.cat(codes, 1), "consumed": torch.cat(consumed), "phones": torch.cat(phones)}
     header = {"format": str(TOKENS_FORMAT), "codec_fingerprint": codec.fingerprint, "content": content, "turns": json.dumps(records), "digest": _digest(tensors)}
-    atomic_write(path, tensor_bytes(tensors, metadata=header))
+    atomic_write(path, shards.stable(tensor_bytes(tensors, metadata=header)))
     bar.update(len(supervisions))
 
 

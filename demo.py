@@ -242,10 +242,10 @@ def file_name(text: str) -> str:
 # ----------------------------------------------------------------------------- answers
 
 class Responder:
-    """What a speaker without a line says: from the text head, from written dialogues, or from a command."""
+    """What a speaker without a line says: from the text head, from written dialogues, from a small language model, or from a command."""
 
     def __init__(self, kind: str, command: str = "", candidates: int = RETRIEVED):
-        self.kind, self.command, self.candidates, self._loaded = kind, command, candidates, None
+        self.kind, self.command, self.candidates, self._loaded, self.language = kind, command, candidates, None, None
         if kind == "command" and not command.strip():
             raise ValueError("--responder command needs --responder_command, such as --responder_command 'python my_bot.py'")
 
@@ -255,6 +255,8 @@ class Responder:
             return session.reply_text(speaker), None
         if self.kind == "command":
             return self._ask_command(history, me), None
+        if self.kind == "smollm":
+            return self._ask_language_model(history, me), None
         return self._retrieve(session, speaker, history)
 
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
@@ -285,6 +287,11 @@ class Responder:
                      for item in items if "said" in item for said in item["said"] for reply in item["replies"]]
             self._loaded = Retriever(small + [item for item in items if item.get("kind") == "assistant"]), general
         return self._loaded
+
+    def _ask_language_model(self, history, me: str) -> str:
+        from small_language_model import SmallLanguageModel, chat_messages, whole_sentences
+        self.language = self.language or SmallLanguageModel()
+        return whole_sentences("".join(self.language.chat(chat_messages(history, me)))) or "Go on."
 
     def _ask_command(self, history, me: str) -> str:
         prompt = "".join(f"{name}: {text}\n" for name, text in history) + f"{me}:"
@@ -317,20 +324,21 @@ class Spoken:
 
 
 def make_fast(model, args, sampling, codebook_size: int) -> str:
-    """Let the model compute as --precision, --compile_depth and --speculative say; one line of what runs."""
+    """Let the model compute as --precision, --compile_depth and --speculative say (absent: as by default); one line of what runs."""
     import quantisation
-    if args.compile_depth and args.speculative != "off":
+    precision, compiled, draft = (getattr(args, name, default) for name, default in (("precision", ""), ("compile_depth", False), ("speculative", "off")))
+    if compiled and draft != "off":
         raise ValueError("--compile_depth and --speculative are two ways of making the same frame: choose one")
     b = model.cfg.backbone
-    attention = choose_attention(pick_device(args.device), b.heads, b.kv_heads, b.head_dim)
-    notes = [quantisation.quantise(model, args.precision or getattr(model, "wanted_precision", "fp32")), f"{attention['backend']} attention"]
-    if args.compile_depth:
+    attention = choose_attention(model.text_embeddings.weight.device, b.heads, b.kv_heads, b.head_dim)
+    notes = [quantisation.quantise(model, precision or getattr(model, "wanted_precision", "fp32")), f"{attention['backend']} attention"]
+    if compiled:
         import depth_graph
         print("note: compiling the depth decoder", file=sys.stderr)
         notes.append(depth_graph.compile_depth(model, sampling, codebook_size))
-    if args.speculative != "off":
+    if draft != "off":
         import speculative
-        notes.append(speculative.speculate(model, args.speculative, sampling))
+        notes.append(speculative.speculate(model, draft, sampling))
     return "; ".join(notes)
 
 
@@ -465,18 +473,19 @@ def run_batch(lab: Lab, conversations: list[Conversation], output: Path) -> dict
     """Speak all conversations into `output`; results.json is written last. Returns its content."""
     from audio_io import SAMPLE_RATE, write_audio
     from tqdm import tqdm
+    from watermark import AI_TAGS
     results, total = [], sum(len(c.turns) for c in conversations)
     with staged(output) as folder, tqdm(total=total, unit="turn", disable=total < 2, file=sys.stderr) as bar:
         for conversation in conversations:
             base, rows, sounds = file_name(conversation.id), [], []
             for number, spoken in enumerate(lab.converse(conversation), 1):
                 name = f"{base}_turn_{number:02d}.wav"
-                write_audio(folder / name, spoken.audio, SAMPLE_RATE)
+                write_audio(folder / name, spoken.audio, SAMPLE_RATE, AI_TAGS)
                 rows.append(result_row(spoken, name, SAMPLE_RATE))
                 sounds.append(spoken.audio)
                 bar.update()
                 tqdm.write(f"{conversation.id:14s} {number}/{len(conversation.turns)}  {turn_line(spoken, rows[-1])}", file=sys.stdout)
-            write_audio(folder / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE)
+            write_audio(folder / f"{base}.wav", mix(sounds, SAMPLE_RATE), SAMPLE_RATE, AI_TAGS)
             results.append({"id": conversation.id, "audio": f"{base}.wav", "turns": rows})
         summary = {"conversations": results, "model": lab.model_name, "device": str(lab.device), "seed": lab.sampling.seed}
         write_json(folder / "results.json", summary)
@@ -537,6 +546,7 @@ class Chat:
 
     def answer(self, line: str) -> None:
         from audio_io import SAMPLE_RATE, play, write_audio
+        from watermark import AI_TAGS
         check_text(line)
         self.session.add_turn(0, line)
         self.history.append(("you", line))
@@ -550,19 +560,20 @@ class Chat:
         else:
             self.count += 1
             path = self.output / f"turn_{self.count:02d}.wav"
-            write_audio(path, spoken.audio, SAMPLE_RATE)
+            write_audio(path, spoken.audio, SAMPLE_RATE, AI_TAGS)
             print(f"       {path}  ({len(spoken.audio) / SAMPLE_RATE:.1f} s)", flush=True)
 
     def save(self, folder: Path) -> None:
         from audio_io import SAMPLE_RATE, write_audio
+        from watermark import AI_TAGS
         if not self.spoken:
             raise ValueError("nothing was said yet: type a line first")
         check_output(folder)
         rows = []
         for number, spoken in enumerate(self.spoken, 1):
-            write_audio(folder / f"saved_turn_{number:02d}.wav", spoken.audio, SAMPLE_RATE)
+            write_audio(folder / f"saved_turn_{number:02d}.wav", spoken.audio, SAMPLE_RATE, AI_TAGS)
             rows.append(result_row(spoken, f"saved_turn_{number:02d}.wav", SAMPLE_RATE))
-        write_audio(folder / "saved.wav", mix([s.audio for s in self.spoken], SAMPLE_RATE), SAMPLE_RATE)
+        write_audio(folder / "saved.wav", mix([s.audio for s in self.spoken], SAMPLE_RATE), SAMPLE_RATE, AI_TAGS)
         write_json(folder / "saved.json", {"conversation": [{"speaker": s, "text": t} for s, t in self.history], "answers": rows})
         print(f"saved {folder / 'saved.wav'} and {folder / 'saved.json'}")
 
@@ -623,8 +634,8 @@ def build_parser() -> config.Parser:
     parser.add_argument("--device", default="auto", help="auto|cpu|cuda|mps")
     parser.add_argument("--num_codebooks", type=int, default=0, help="decode only the first N codebooks (default all of the model's)")
     parser.add_argument("--voice", action="append", default=[], metavar="FILE", help="recording of a voice; repeat for the next speaker")
-    parser.add_argument("--responder", default="retrieval", choices=("retrieval", "model", "command"),
-                        help="who answers turns without text: written dialogues ranked by the text head (default), the text head, or a command")
+    parser.add_argument("--responder", default="retrieval", choices=("retrieval", "smollm", "model", "command"),
+                        help="who answers turns without text: written dialogues ranked by the text head (default), a small language model, the text head, or a command")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")
     parser.add_argument("--compile_depth", action="store_true", help="compile the depth decoder's frame (seconds to a minute at the start; needs a C++ compiler)")

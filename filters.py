@@ -81,10 +81,11 @@ def snr_db(speech_db: np.ndarray, noise_db: float) -> float:
 
 
 def noise_level(level_db: np.ndarray, speech: np.ndarray) -> float:
-    """Level of the noise in dB: the mean power of frames (T,) in which nobody speaks; where those are few, the quietest twentieth."""
-    quiet = level_db[~speech]
-    if len(quiet) < 20:
-        quiet = np.sort(level_db)[:max(1, len(level_db) // 20)]
+    """Level of the noise in dB: the mean power of the quieter half of the frames (T,) in which nobody speaks (the others may be edges of
+    words); where those are few, of the quietest fiftieth of all (closures within speech: the ratio is then said too small, never too large)."""
+    quiet = np.sort(level_db[~speech])[:max(1, int((~speech).sum()) // 2)]
+    if (~speech).sum() < 20:
+        quiet = np.sort(level_db)[:max(1, len(level_db) // 50)]
     return float(10 * np.log10(np.mean(10 ** (np.asarray(quiet, np.float64) / 10)))) if len(quiet) else -120.0
 
 

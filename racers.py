@@ -58,9 +58,9 @@ def vary(model, variant: str) -> str:
         return ""
     import quantisation
     notes = [quantisation.quantise(model, "int8" if "int8" in words else "fp32")]
-    for word, make in (("compiled", "compile_depth"), ("speculative", "speculate")):
+    for word, make, more in (("compiled", "compile_depth", ()), ("speculative", "speculate", ("int8",))):     # "auto" would leave it out where it does not win
         if word in words:
-            notes.append(getattr(importlib.import_module(VARIANT_ROOMS[word]), make)(model))
+            notes.append(getattr(importlib.import_module(VARIANT_ROOMS[word]), make)(model, *more))
             if model.frame_codes is None:
                 raise LeftOut(f"{word} does not run here: {notes[-1]}")
     return "; ".join(notes)

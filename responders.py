@@ -14,7 +14,7 @@ import threading
 from typing import Iterator
 
 CANDIDATES = 3               # written replies that the text head chooses from: each costs a pass of the model before the first sound
-KINDS = "retrieval, model, command, hf:FOLDER or openai:URL"
+KINDS = "retrieval, smollm, model, command, hf:FOLDER or openai:URL"
 SYSTEM = "You are a friendly voice assistant. Answer in one to three short spoken sentences, in plain words, without lists, symbols or emoji."
 REPLY_TOKENS = 120
 CONNECT_SECONDS, READ_SECONDS = 5, 60
@@ -25,6 +25,8 @@ def make(spec: str, command: str = "", model_name: str = "", system: str = SYSTE
     kind, _, rest = spec.partition(":")
     if kind in ("retrieval", "model", "command") and not rest:
         return Lines(kind, command)
+    if kind == "smollm" and not rest:
+        return Packaged(system)
     if kind == "hf" and rest:
         return LanguageModel(rest, system)
     if kind == "openai" and rest.startswith(("http://", "https://")):
@@ -133,6 +135,24 @@ class LanguageModel:
                                     stopping_criteria=StoppingCriteriaList([Stopped()]), pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
         finally:
             streamer.end()
+
+
+class Packaged:
+    """SmolLM2-135M-Instruct from a package (small_language_model.py); one reply at a time."""
+    kind, on_model = "smollm", False
+
+    def __init__(self, system: str = SYSTEM):
+        self.system, self._model, self._lock = system, None, threading.Lock()
+
+    def warm(self) -> None:
+        from small_language_model import SmallLanguageModel
+        self._model = self._model or SmallLanguageModel(threads=1, max_tokens=REPLY_TOKENS)
+
+    def stream(self, session, speaker: int, history, me: str) -> Iterator[str]:
+        from small_language_model import chat_messages
+        with self._lock:
+            self.warm()
+            yield from self._model.chat(chat_messages(history, me, self.system))
 
 
 class OtherServer:

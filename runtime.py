@@ -60,7 +60,7 @@ def atomic_write(path, data) -> Path:
     Written beside it, flushed to the disk, then renamed. ValueError when that fails (full disk): the old file survives.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.{os.getpid()}.tmp")       # machines that share a disk may have equal process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

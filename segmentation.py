@@ -118,21 +118,22 @@ def envelope_db(audio: np.ndarray, rate: float = RATE) -> np.ndarray:
     return 10 * np.log10(np.maximum(np.square(frames).mean(axis=1), 1e-12))
 
 
-def tightened(span: Span, level: np.ndarray, below: float = 30.0) -> Span:
-    """The span without edges that lie `below` dB under its loud part: the VAD answers some tens of milliseconds early or late."""
+def tightened(span: Span, level: np.ndarray, floor: float, below: float = 30.0) -> Span:
+    """The span without edges that lie `below` dB under its loud part or near the noise (floor, dB): the VAD answers some tens of milliseconds early or late."""
     first, last = int(span.start / FRAME), max(int(span.start / FRAME) + 1, int(span.end / FRAME))
     wide = max(0, first - 8), min(len(level), last + 8)                    # a little outside too: it may have been late
     part = level[wide[0]:wide[1]]
     if not len(part):
         return span
-    loud = np.flatnonzero(part > np.percentile(part, 95) - below)
+    loud = np.flatnonzero(part > max(np.percentile(part, 95) - below, min(floor + 6.0, np.percentile(part, 95) - 6.0)))
     return Span((wide[0] + loud[0]) * FRAME, (wide[0] + loud[-1] + 1) * FRAME)
 
 
 def find_speech(audio: np.ndarray, cfg: SegmentationConfig, probability: np.ndarray | None = None) -> list[Span]:
     """Utterances of a 16 kHz channel (N,), their edges on 10 ms."""
     level = envelope_db(audio)
-    spans = [tightened(s, level) for s in spans_of(speech_probability(audio) if probability is None else probability, cfg)]
+    floor = float(np.percentile(level, 10)) if len(level) else -120.0
+    spans = [tightened(s, level, floor) for s in spans_of(speech_probability(audio) if probability is None else probability, cfg)]
     for k in range(1, len(spans)):                                         # tightening may have made neighbours touch
         spans[k] = Span(max(spans[k].start, spans[k - 1].end), max(spans[k].end, spans[k - 1].end))
     return [s for s in spans if s.end > s.start]

@@ -28,7 +28,7 @@ def build_parser() -> config.Parser:
     parser.add_argument("--device", default="auto", help="auto|cpu|cuda|mps")
     parser.add_argument("--num_codebooks", type=int, default=0, help="decode only the first N codebooks (default all of the model's)")
     parser.add_argument("--voice", action="append", default=[], metavar="FILE", help="recording of a voice, offered as voice1, voice2, ...; repeat for more")
-    parser.add_argument("--responder", default="retrieval", metavar="WHO", help="who answers: retrieval (written dialogues, default), model, command, hf:FOLDER or openai:URL")
+    parser.add_argument("--responder", default="retrieval", metavar="WHO", help="who answers: retrieval (written dialogues, default), smollm (a small language model), model, command, hf:FOLDER or openai:URL")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--responder_model", default="", help="name of the model at the other server (--responder openai:URL)")
     parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")

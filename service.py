@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from live import MODEL, NAMES, USER, Ears, LiveConversation, sentences
 from runtime import ROOT
 from serve_limits import Refused, ServeConfig
 from speech_formats import decode
-from watermark import Marker
+from watermark import PUBLIC_KEY, Marker
 
 # OpenAI's names, so that programs which know no others can speak: they are names here, and no likeness.
 ALIASES = {"alloy": "alba", "nova": "alba", "shimmer": "greta", "coral": "greta", "sage": "ida", "ballad": "ida", "echo": "emil", "onyx": "emil", "ash": "fritz",
@@ -165,8 +166,8 @@ class Service:
         return Spoken(marked(self._pieces(text, arguments, speaker, mood, reply, words, seed, temperature), self.marker()), words, started)
 
     def marker(self) -> Marker | None:
-        """Of one stream, where the server marks what it says."""
-        return Marker() if self.cfg.watermark else None
+        """Of one stream, where the server marks what it says: with the key in WATERMARK_KEY, else the public one."""
+        return Marker(os.environ.get("WATERMARK_KEY") or PUBLIC_KEY) if self.cfg.watermark else None
 
     def _pieces(self, text, voice, speaker, mood, reply, words, seed, temperature) -> Iterator[np.ndarray]:
         session = self.session(voice, speaker, seed=seed, temperature=temperature)

@@ -132,6 +132,16 @@ def _make(path: Path, parts: list, make: Callable[[Path, list], None], world: in
     return True
 
 
+def stable(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order (the package writes it in a random one), so that a shard made twice is the same bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
+
+
 # ----------------------------------------------------------------------------- the manifest
 
 def write_manifest(folder: Path, names: list[str]) -> dict:

@@ -192,26 +192,20 @@ def person_pairs(talks: list, measured: list) -> tuple[list, list]:
     return x, y
 
 
-def half_pairs(talks: list, processed: bool = True, most: int = 3) -> tuple[list, list]:
-    """Cosines of two halves: of one turn, and of turns of two characters of a conversation (`most` of each); processed: also after the vocoder and after an uneven pace."""
+def half_pairs(talks: list, most: int = 2) -> tuple[list, list]:
+    """Cosines of two halves: of one turn, and of turns of two characters of a conversation; `most` turns of each conversation."""
     import conversation_metrics as metrics
     import numpy as np
-    from corruptions import uneven_pace, vocoded
     from turn_taking import speech_segments
     x, y = [], []
-    for number, talk in enumerate(talks):
+    for talk in talks:
         long = [t for t in talk.turns if t.seconds > 2 * metrics.HALF + 0.4]
-        for a, b in list(zip(long, long[1:]))[:most]:
-            sounds = [(a.audio, True)]
-            if a.speaker != b.speaker:
-                sounds.append((np.concatenate([a.audio[:len(a.audio) // 2], b.audio[len(b.audio) // 2:]]), False))
-            for sound, same in sounds:
-                one = talk.with_turns([Turn(a.speaker, a.text, sound)])
-                change = (vocoded, uneven_pace)[len(x) % 2] if processed else None
-                made = [sound] + ([change(one, np.random.default_rng(number)).turns[0].audio] if change else [])
-                cosines = [metrics.halves(s, speech_segments(s, 24000)) for s in made]
-                x += [[c] for c in cosines if c is not None]
-                y += [same for c in cosines if c is not None]
+        for a, b in [pair for pair in zip(long, long[1:]) if pair[0].speaker != pair[1].speaker][:most]:
+            for sound, same in ((a.audio, True), (np.concatenate([a.audio[:len(a.audio) // 2], b.audio[len(b.audio) // 2:]]), False)):
+                cosine = metrics.halves(sound, speech_segments(sound, 24000))
+                if cosine is not None:
+                    x.append([cosine])
+                    y.append(same)
     return x, y
 
 
@@ -237,17 +231,35 @@ def fit(data, count: int, how: Listening, seed: int = 0) -> dict:
     measured, tested = ([rows for _, rows in measure(talks, how)[None]] for talks in (train, test))
     mood = _regression(*mood_rows(train, measured), list(FEATURES))
     person = _regression(*person_pairs(train, measured), ["cosine", "pitch level, semitones"])
-    halves = _regression(*half_pairs(train), ["cosine of the halves"])
+    halves = accepted([m["halves"] for rows in measured for m in rows if m["halves"] is not None])
     x, y = mood_rows(test, tested)
     guesses = [mood_of(row, mood) for row in x]
     per_class = {m: float(np.mean([g == m for g, t in zip(guesses, y) if t == m])) for m in config.MOODS if m in y}
     mood["test"] = {"turns": len(y), "accuracy": float(np.mean([a == b for a, b in zip(guesses, y)])), "balanced_accuracy": float(np.mean(list(per_class.values()))),
                     "chance": 1 / len(per_class), "majority": float(max(map(y.count, set(y))) / len(y)), "per_mood": per_class}
     person["test"] = _right(person, *person_pairs(test, tested))
-    halves["test"] = _right(halves, *half_pairs(test, False))
+    halves["test"] = accepted_right(halves["accept"], *half_pairs(test))
     return {"note": "Written by `python evaluation_framework.py fit`: logistic regressions over measured speech; see conversation_metrics.py.",
             "data": {"folder": Path(data).as_posix(), "split": "train", "conversations": len(train), "licence": "fitted on synthetic speech of this project's own collection "
                      "(texts MIT; voices hibari-tts and Kokoro-82M, Apache-2.0); the numbers are under this project's MIT licence"}, "mood": mood, "person": person, "halves": halves}
+
+
+def accepted(cosines: list[float], share: float = 0.98) -> dict:
+    """The least cosine that `share` of natural turns in one voice exceed: {accept, share, n}. So low that processed speech passes as well."""
+    import numpy as np
+    if len(cosines) < 2:
+        raise ValueError("too little speech to fit a judge of the halves of turns: give more --data or a higher --count")
+    return {"accept": float(np.percentile(cosines, 100 * (1 - share))), "share": share, "n": len(cosines)}
+
+
+def accepted_right(accept: float, x: list, y: list) -> dict:
+    """How the threshold does on pairs it has not seen."""
+    import judges
+    import numpy as np
+    same, other = ([row[0] for row, one in zip(x, y) if one == wanted] for wanted in (True, False))
+    kept, found = (float(np.mean(np.array(part) >= accept)) if part else None for part in (same, other))
+    return {"pairs": len(y), "one_voice_accepted": kept, "two_voices_found": None if found is None else 1 - found, "chance": 0.5, "auc": judges.separation(same, other),
+            "balanced_accuracy": None if kept is None or found is None else (kept + 1 - found) / 2}
 
 
 def _right(model: dict, x: list, y: list) -> dict:

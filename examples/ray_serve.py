@@ -10,7 +10,8 @@ away idle ones; what does not fit waits, and beyond that gets 503.
 
 Who stays where: a conversation is one WebSocket, so it stays at its replica until it ends; where a replica dies, its conversations end
 and may begin again at another, and no other conversation notices. Single requests are spread evenly, unless they carry the header
-`x-session-id: ANY_NAME`: then all of that name go to the same replica, as long as it lives and has room.
+`x-session-id: ANY_NAME`: then all of that name go to the same replica, as long as it lives, has room and answers the proxy's question
+for its queue in time (0.1 s; RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S in the environment gives busy processors longer).
 
 The proxy listens on loopback. Beyond it (`serve run` of a file with `http_options`, or `serve.start(http_options={"host": ...})`) put a
 key into the variable SERVE_API_KEY of every node: without one the replicas answer only those who call them by a loopback name.

@@ -67,6 +67,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data", default="data/synthetic", help="folder of collect_data.py with tokens; default data/synthetic")
     parser.add_argument("--codec", default="pretrained/codec", help="default pretrained/codec")
     config.add_flags(parser, Probes)
+    parser.add_argument("--deciding", action="store_true", help="run only the probes that the decision rule asks for")
     add_common_flags(parser)
     return parser
 
@@ -336,20 +337,18 @@ class Bench:
         self.train = labelled_turns(args.data, self.codec, "train", settings.train_turns, 0)
         self.test = [t for split in SPLITS for t in labelled_turns(args.data, self.codec, split, settings.test_turns, 0)]
         self.words = frequent_words(self.train, settings.words)
-        self.groups = groups_of(self.codec.cfg)
+        self.groups, self.deciding = groups_of(self.codec.cfg), args.deciding
+        self.equal = max(int(g.split()[1]) for g in self.groups if g.split()[-1].isdigit())
         about = json.dumps([vars(settings), self.codec.fingerprint, [t.conversation for t in self.train[:50]], len(self.train), len(self.test)])
         self.key = hashlib.sha256(about.encode()).hexdigest()[:8]
 
     def jobs(self, seeds: list[int]) -> list[tuple]:
-        """(seed, group, probe) in the order they are run: `bare` is the linear probe on codes, at equal budgets only."""
-        listed = []
-        for seed in seeds:
-            for group in self.groups:
-                numbered = group.split()[-1].isdigit()
-                listed += [(seed, group, probe) for probe in (("linear", "bare") if numbered else ("linear", "recurrent"))]
-            equal = max(int(g.split()[1]) for g in self.groups if g.split()[-1].isdigit())
-            listed += [(seed, f"{side} {equal}", "recurrent") for side in ("semantic", "acoustic")]
-        return listed
+        """(seed, group, probe), those of the decision rule first; `bare` is the linear probe on codes, at equal budgets only."""
+        whole, numbered = [g for g in self.groups if not g.split()[-1].isdigit()], [g for g in self.groups if g.split()[-1].isdigit()]
+        equal = [f"{side} {self.equal}" for side in ("semantic", "acoustic")]
+        first = [(g, p) for g in ("semantic", "acoustic", *equal, "shuffled labels") for p in ("linear", "recurrent")]
+        rest = [(g, p) for g in whole for p in ("linear", "recurrent")] + [(g, p) for g in numbered for p in ("linear", "bare")]
+        return [(seed, g, p) for chosen in ([first] if self.deciding else [first, rest]) for seed in seeds for g, p in chosen]
 
     def tasks(self, group: str, probe: str, seed: int) -> dict[str, tuple[Task, Task]]:
         """"phones" and "words" -> (training, test) of one group, standardised (bare codes are left as they are)."""
@@ -466,13 +465,13 @@ def draw(path: Path, found: dict, chance: dict, equal: int) -> str:
     drawing, axes = verdicts.figure(panels=2, width=12)
     for one, task in zip(axes, ("phones", "words")):
         for side, colour in (("semantic", "#c0504d"), ("acoustic", "#4f81bd")):
-            ks = [k for k in (1, 3, equal) if f"{side} {k}/linear/{task}" in found]
+            ks = [k for k in dict.fromkeys((1, 3, equal)) if f"{side} {k}/linear/{task}" in found]
             values = [found[f"{side} {k}/linear/{task}"]["accuracy"] for k in ks]
             one.errorbar(ks, [v["mean"] for v in values], yerr=np.abs(np.array([[v["mean"] - v["low"], v["high"] - v["mean"]] for v in values]).T), fmt="o-", color=colour, capsize=3, label=f"first k of the {side}")
             for probe, style in (("linear", ":"), ("recurrent", "--")):
                 one.axhline(found[f"{side}/{probe}/{task}"]["accuracy"]["mean"], color=colour, linestyle=style, linewidth=1, label=f"all {side}, {probe}")
         one.axhline(chance[task]["accuracy"], color="black", linewidth=1, label="chance")
-        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", ylim=(0, 1))
+        one.set(title=task, xlabel="codebooks k (k x 10 bits at most), linear probe", ylabel="accuracy on held-out characters", xlim=(0, equal + 1), ylim=(0, 1))
         one.legend(fontsize=7)
     return verdicts.save_picture(drawing, path)
 
@@ -485,6 +484,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
         value = found.get(f"{group}/{probe}/{task}")
         return "-" if value is None else show(value[what], 2, what == "accuracy")
     for group, bits in result["code_bits"].items():
+        if f"{group}/linear/phones" not in found:
+            continue
         best = "recurrent" if f"{group}/recurrent/phones" in found else "linear"
         lines.append([group, f"{bits:.0f}", cell(group, "linear", "phones"), cell(group, "recurrent", "phones"), cell(group, best, "phones", "bits"), cell(group, "linear", "words"), cell(group, "recurrent", "words")])
     chance = result["chance"]
@@ -492,7 +493,8 @@ def body_of(result: dict, rows: list[dict]) -> str:
     body = f"**H1 is {result['verdict']}**: {result['seeds']} seeds, {result['test_turns']} turns of {result['n_conversations']} conversations of held-out characters; probes learned from {result['train_turns']} turns.\n\n"
     body += table(head, lines) + "\n\n" + verdicts.verdict_table(rows)
     bare = ", ".join(f"{key.split('/')[0]} {show(value['accuracy'], 2, True)}" for key, value in found.items() if "/bare/" in key)
-    return body + (f"\n\nPhones, linear probe on bare codes: {bare}. These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
+    bare = f"Phones, linear probe on bare codes: {bare}. " if bare else ""
+    return body + (f"\n\n{bare}These codebooks were trained with phone labels: this says that it worked on unseen voices and texts."
                    f"\n\nDecision rule: `experiments/{NAME}.py`. Picture: `{result['picture']}`.")
 
 
@@ -500,9 +502,9 @@ def body_of(result: dict, rows: list[dict]) -> str:
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     bench, seeds, results = Bench(args, from_flags(Probes, args)), check_seeds(args), {}
-    for seed, group, probe in tqdm(dict.fromkeys(bench.jobs(seeds)), desc="probes", unit="probe"):
+    for seed, group, probe in tqdm(list(dict.fromkeys(bench.jobs(seeds))), desc="probes", unit="probe"):
         results[seed, group, probe] = bench.run(seed, group, probe)
-    chance, equal = bench.chance(), min(10, bench.codec.cfg.num_semantic, bench.codec.cfg.num_codebooks - bench.codec.cfg.num_semantic)
+    chance, equal = bench.chance(), bench.equal
     rows, controls = effects(results, seeds, equal), controls_of(results, seeds, chance)
     found = summaries(bench, results, seeds, chance)
     result = {"verdict": verdict(rows, controls, args.seeds), "seeds": args.seeds, "train_turns": len(bench.train), "test_turns": len(bench.test),

@@ -372,13 +372,14 @@ def effects(results: dict[str, list[dict]]) -> list[dict]:
 
 
 def draw(path: Path, results: dict, rows: list[dict]) -> str:
-    drawing, (left, right) = verdicts.figure(panels=2, width=11)
+    drawing, axes = verdicts.figure(panels=2 if results else 1, width=11 if results else 6)
+    left, right = axes[0], axes[-1]
     for name in [n for n in results if n != "on"]:
         gap = np.mean([np.asarray(r[max(r)]["by_frame"]).sum(1) for r in results[name]], 0) - np.mean([np.asarray(r[max(r)]["by_frame"]).sum(1) for r in results["on"]], 0)
         left.plot(np.arange(len(gap)) * 0.08, gap, "o-", markersize=4, label=f"{name} - on")
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel="seconds into the turn", ylabel="nats per frame", title="What memory saves, frame by frame")
     if results:
+        left.axhline(0, color="black", linewidth=0.8)
+        left.set(xlabel="seconds into the turn", ylabel="nats per frame", title="What memory saves, frame by frame")
         left.legend(fontsize=8)
     verdicts.bars(right, [r["what"] for r in rows], [r["effect"] for r in rows], "nats per frame")
     right.axhline(SMALLEST, color="black", linestyle=":")
@@ -410,7 +411,7 @@ def main(argv=None) -> int:
 
 
 def experiment(args, words: list[str]) -> int:
-    result = {"verdict": verdicts.UNDECIDED, "seeds": args.seeds, "opening_s": frames_of(args) / 12.5, "conditions": {}, "effects": [], "n_conversations": None}
+    result = {"verdict": verdicts.UNDECIDED, "seeds": args.seeds if args.steps else 0, "opening_s": frames_of(args) / 12.5, "conditions": {}, "effects": [], "n_conversations": None}
     results: dict = {}
     if args.steps:
         results, about, _ = train_small(args, from_flags(Training, args))

@@ -33,10 +33,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     audio_io.write_audio(path, tone(24000))
     before = path.read_bytes()
 
-    def full(name, *args, **kwargs):
-        open(name, "wb").write(b"half")
+    def full(file, samples):
         raise RuntimeError("No space left")
-    monkeypatch.setattr(soundfile, "write", full)
+    monkeypatch.setattr(soundfile.SoundFile, "write", full)
     with pytest.raises(OSError, match="disk full"):
         audio_io.write_audio(path, tone(24000, 1.0))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

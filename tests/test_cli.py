@@ -52,7 +52,10 @@ COMMANDS = {
     "python checkpoint.py --checkpoint checkpoints/best_model.pt --output checkpoints/nano-int8 --quantise int8": ("", ""),
     "python collect_data.py --target_hours 1": ("--target_hours 0.01", ""),
     "python collect_data.py --target_hours 1 --texts my_texts.txt --output data/readings": ("--target_hours 0.004 --engine hibari --workers 1", ""),
-    "python collect_data.py --source folder --input my_recordings --output data/mine": ("", ""),
+    "python collect_data.py corpora": ("", ""),
+    "python collect_data.py --source folder --path my_recordings --output data/mine": ("", ""),
+    "python collect_data.py report --data data/mine --output outputs/data_report.html": ("--data data/synthetic", ""),
+    "python collect_data.py plan --hours 100000 --price 0.03": ("--results people.md", ""),
     "python dataset_pipeline.py --data data/synthetic --codec pretrained/codec": ("", ""),
     "python config.py": ("", ""),
     "python rvq_tokenizer.py encode my_voice.wav outputs/voice.codes": ("", ""),
@@ -92,6 +95,7 @@ COMMANDS = {
     "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py engine": ("--turns 2 --sessions 1,2 --repeats 1 --long 16 --results outputs/R.md", ""),
     "python benchmark.py fast": ("--turns 2 --sentences 1 --frames 3 --sizes nano --variants plain,int8,speculative --checkpoint checkpoints/best_model.pt --results outputs/R.md", ""),
+    "python benchmark.py people": ("--prompts none --split train --parts turns,filters --conversations 1 --turns 3 --clips 2 --results outputs/R.md", ""),
     "python benchmark.py inspect": ("--save outputs/inspect", ""),
     "python evaluation_framework.py validate": ("--count 2 --jobs 1 --kinds noise", ""),
     "python evaluation_framework.py run --checkpoint checkpoints/best_model.pt --conversations data/synthetic --output outputs/evaluation":
@@ -165,6 +169,8 @@ def house(tmp_path_factory) -> Path:
     voice = audio_io.read_audio(next((folder / "data/synthetic").rglob("*.flac")))
     audio_io.write_audio(folder / "my_voice.wav", voice)
     (folder / "my_texts.txt").write_text("".join(f"The bus number {n} leaves at {n} past seven today.\n" for n in range(300)))
+    rates = {"rates": dict.fromkeys(("channels", "voices", "asr", "filters", "tokens"), 10.0), "bytes_per_hour": dict.fromkeys(("flac", "manifests", "tokens"), 1e8)}
+    (folder / "people.md").write_text(f"<!-- begin people -->\n```json\n{json.dumps(rates)}\n```\n<!-- end people -->\n")
     (folder / "my_recordings").mkdir()
     for name in ("one_ann", "two_ann", "three_bob"):
         audio_io.write_audio(folder / "my_recordings" / f"{name}.wav", voice)

@@ -149,6 +149,7 @@ def test_results_survive_a_full_disk(weights, tmp_path, capsys, monkeypatch):
 # ----------------------------------------------------------------------------- batch
 
 def test_batch_json_and_files(weights, tmp_path, capsys):
+    from watermark import is_tagged
     voice = tone(tmp_path)                                                        # stereo, 44.1 kHz: converted
     turns = [HELLO, {"speaker": "zoë", "mood": "happy", "text": "Hi \U0001F600, it's 3 o'clock!", "audio": voice}, {"speaker": "user"}]
     source = {"conversations": [{"id": "first one", "turns": turns, "note": "x"}, {"turns": [HELLO]}]}
@@ -166,6 +167,7 @@ def test_batch_json_and_files(weights, tmp_path, capsys):
             assert set(turn) == ROW and turn["text"] and isinstance(turn["ended"], bool)
             assert 0 < turn["first_audio_ms"] <= turn["total_ms"]
             info = soundfile.info(tmp_path / "out" / turn["audio"])
+            assert is_tagged(tmp_path / "out" / turn["audio"])                    # says in its metadata that a machine made it
             assert (info.samplerate, info.channels) == (24000, 1) and info.duration == pytest.approx(turn["duration_s"], abs=1e-3)
             total += turn["duration_s"]
             files.add(turn["audio"])

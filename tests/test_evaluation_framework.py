@@ -170,6 +170,16 @@ def test_a_fit_finds_what_was_put_in():
         validity._regression(x, np.ones(300, bool), ["a", "b"])
 
 
+def test_the_accepted_cosine_leaves_out_the_lowest_of_one_voice():
+    x, y = [[v] for v in (*np.linspace(0.5, 0.9, 41), 0.2, 0.7)], [True] * 41 + [False] * 2
+    found = validity.accepted([row[0] for row in x[:41]], share=0.9)
+    assert found["accept"] == pytest.approx(0.54) and found["n"] == 41
+    right = validity.accepted_right(found["accept"], x, y)
+    assert right["one_voice_accepted"] == pytest.approx(37 / 41) and right["two_voices_found"] == 0.5
+    with pytest.raises(ValueError, match="--count"):
+        validity.accepted([0.5])
+
+
 def test_fit_writes_judges_that_the_scores_take(quick, tmp_path, monkeypatch):
     talks = {"train": [make_talk(n) for n in range(2)], "test": [make_talk(n) for n in range(4, 6)]}
     monkeypatch.setattr(validity, "natural_talks", lambda data, split, *more: talks[split])

@@ -23,7 +23,7 @@ from runtime import ROOT
 from rvq_tokenizer import Codec
 
 FOLDER = ROOT / "experiments"
-SCRIPTS = sorted(p.stem for p in FOLDER.glob("*.py") if "__main__" in p.read_text(encoding="utf-8"))
+SCRIPTS = ("h1_semantic_codes", "h2_prosodic_memory", "h3_cross_attention", "scaling")
 PHONES = ALPHABET[1:7]
 CODEC = CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, semantic_dim=16, acoustic_dim=24, width=16, latent=16, encoder_layers=1, latent_layers=1,
                     decoder_width=16, decoder_layers=3, num_mels=20, num_low_bins=16, num_bands=20)
@@ -118,7 +118,7 @@ def test_an_unknown_flag_is_one_line_and_exit_2(script):
 
 def test_every_experiment_has_its_title():
     import benchmark
-    assert {s.split("_")[0] for s in SCRIPTS if s.startswith(("h1", "h2", "h3", "scaling"))} <= set(benchmark.TITLES)
+    assert {s.split("_")[0] for s in SCRIPTS} <= set(benchmark.TITLES)
 
 
 def test_settings_need_the_standard_library_and_config_alone():
@@ -185,7 +185,7 @@ def test_phones_and_words_stand_where_the_alignment_says():
 
 def test_probes_find_what_is_planted_and_nothing_in_shuffled_labels(data, codec, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.load_codec", lambda path: codec)
-    args = SimpleNamespace(data=data, codec="x", output=str(tmp_path))
+    args = SimpleNamespace(data=data, codec="x", output=str(tmp_path), deciding=False)
     bench = h1.Bench(args, h1.Probes(train_turns=48, words=4, linear_steps=60, recurrent_steps=50, width=16, frames_per_step=128, lr=2e-2))
     chance = bench.chance()
     found = {(group, probe): bench.run(0, group, probe) for group in ("semantic", "acoustic", "shuffled labels") for probe in ("linear", "recurrent")}
@@ -202,6 +202,18 @@ def test_probes_find_what_is_planted_and_nothing_in_shuffled_labels(data, codec,
     monkeypatch.setattr(h1, "linear_probe", None)                             # what was run is read back
     again = bench.run(0, "semantic", "linear")["phones"]
     assert np.array_equal(again["accuracy"], found["semantic", "linear"]["phones"]["accuracy"])
+
+
+def test_h1_from_end_to_end(data, codec, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("checkpoint.load_codec", lambda path: codec)
+    flags = ["--data", data, "--output", str(tmp_path), "--results", f"{tmp_path}/R.md", "--seeds", "2", "--train_turns", "12", "--linear_steps", "2", "--recurrent_steps", "2", "--width", "8"]
+    assert h1.main([*flags, "--deciding"]) == 0
+    few = last_json(capsys)
+    assert len(few["effects"]) == 8 and few["verdict"] == verdicts.UNDECIDED and "all/linear/phones" not in few["probes"] and (tmp_path / "h1/h1.png").exists()
+    assert h1.main(flags) == 0
+    every = last_json(capsys)
+    assert every["effects"] == few["effects"] and {"all/recurrent/words", "acoustic 1/bare/phones"} <= set(every["probes"])
+    assert 0 < every["probes"]["semantic/linear/words"]["accuracy"]["mean"] <= 1 and "<!-- begin h1 -->" in (tmp_path / "R.md").read_text()
 
 
 def test_h1_is_not_supported_when_shuffled_labels_beat_chance():

@@ -11,7 +11,7 @@ import pytest
 
 import watermark
 from audio_io import read_audio, resample, write_audio
-from watermark import HOP, RATE, Marker, WatermarkConfig, detect, embed, match, pattern, signs, tail
+from watermark import HOP, RATE, SPEEDS, Marker, WatermarkConfig, arrange, at_speed, detect, embed, match, pattern, search, signs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "pretrained/nano/samples"
@@ -114,6 +114,12 @@ def test_it_survives_levels_noise_and_opus(marked):
     assert detect(through_file(marked, "ogg", "libopus", 24000), "secret").p_value < 1e-6
 
 
+@pytest.mark.parametrize("speed", [0.97, 1.02])
+def test_it_is_found_at_another_speed(marked, speed):
+    found = detect(resample(marked, RATE * speed, RATE), "secret")
+    assert found.p_value < 1e-4 and found.speed == pytest.approx(speed, abs=0.011)
+
+
 def test_it_is_found_in_the_middle_and_says_where_the_signs_begin(marked):
     cfg = WatermarkConfig()
     later = detect(marked[RATE:], "secret")
@@ -132,7 +138,7 @@ def test_the_score_is_what_the_slow_way_computes():
             if step % cfg.block == 0 and 0 <= step + within < 75:
                 cells[step // cfg.block % cfg.period] += (1 - abs(within) / cfg.block) * carriers[step + within]
     slow = (cells * wanted).sum() / np.sqrt((cells ** 2).sum())
-    assert match(carriers, "secret", cfg, stride=cfg.block * cfg.period).score == pytest.approx(slow)
+    assert match(carriers, "secret", cfg, stride=cfg.block * cfg.period, speeds=(1.0,)).score == pytest.approx(slow)
 
 
 def test_the_tail_bound_holds_for_every_sum_of_signs():
@@ -149,7 +155,9 @@ def test_p_values_keep_their_word_whatever_the_network_says():
     """Carriers with drift and heavy tails, as a bad network would give, against 600 keys: no more alarms than the p-value allows."""
     rng, cfg = np.random.default_rng(0), WatermarkConfig()
     carriers = np.cumsum(rng.standard_t(1.5, size=(400, cfg.carriers)), 0)
-    p_values = np.array([match(carriers, f"key {n}", cfg, stride=8).p_value for n in range(600)])
+    arranged = {speed: arrange(at_speed(carriers, speed), cfg, 8) for speed in SPEEDS}
+    p_values = np.array([search(arranged, f"key {n}", cfg, 8).p_value for n in range(600)])
+    assert p_values[0] == match(carriers, "key 0", cfg, stride=8).p_value
     assert (p_values < 0.05).sum() <= 600 * 0.05 and (p_values < 0.5).sum() <= 600 * 0.5
 
 
