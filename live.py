@@ -284,6 +284,8 @@ class LiveConversation:
             self._jobs.put_nowait(Job("order", order=lambda: None))
         if threading.current_thread() is not self._worker:
             self._worker.join(wait)
+        self.session.rest()
+        self._emit = lambda event, pcm=None: None                # whoever listened is not held any longer
 
     @property
     def busy(self) -> bool:

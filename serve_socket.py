@@ -225,6 +225,7 @@ class Connection:
         if self.live is not None:
             await self.house.run(self.live.close)
             self.house.conversations.discard(self.live)
+            self.live = None                                     # it holds this connection's emit, and tens of MB: they go now, not when the collector comes by
         sender.cancel()
         if entered:
             self.house.places.leave(self.client)

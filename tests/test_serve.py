@@ -623,6 +623,26 @@ def test_a_conversation_that_is_cut_leaves_nothing_behind(client):
     assert [t.name for t in threading.enumerate()].count("conversation") == 0 and threading.active_count() <= before + 3 * client.house.cfg.max_sessions
 
 
+def test_a_conversation_that_is_over_is_freed_at_once(client):
+    """Its buffers are tens of MB in a real model: they may not wait for the collector of cycles."""
+    import gc
+    import weakref
+    gc.collect()
+    gc.disable()
+    try:
+        with Talk(client) as talk:
+            talk.say(type="text", text="Tell me.")
+            talk.until("reply_done")
+            live, = client.house.conversations
+            seen = [weakref.ref(live.session._spare), weakref.ref(live.session), weakref.ref(live)]
+            del live
+        wait_until(lambda: not client.house.conversations)
+        wait_until(lambda: not any(ref() for ref in seen[:1]))
+        wait_until(lambda: not any(ref() for ref in seen))
+    finally:
+        gc.enable()
+
+
 def test_a_closing_server_lets_replies_end(make_client):
     client = make_client()
     with Talk(client) as talk:
