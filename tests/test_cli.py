@@ -46,6 +46,7 @@ COMMANDS = {
     "python demo.py --voice my_voice.wav": ("--max_seconds 1 --output outputs/voice", "Hello there.\n/reset\n/quit\n"),
     "python demo.py --mode test": ("--max_seconds 0.5 --output outputs/test", ""),
     "python demo.py --mode batch --input examples/conversations.json --output outputs/batch": ("--max_seconds 1", ""),
+    "python demo.py --responder smollm": ("--max_seconds 1 --output outputs/asked", "Hello there.\n/quit\n"),
     "python demo.py --precision int8": ("--max_seconds 1 --output outputs/int8", "Hello there.\n/quit\n"),
     "python demo.py --compile_depth": ("--max_seconds 1 --output outputs/compiled", "Hello there.\n/quit\n"),
     "python demo.py --speculative auto": ("--max_seconds 1 --output outputs/drafted", "Hello there.\n/quit\n"),
