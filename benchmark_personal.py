@@ -70,11 +70,10 @@ def person(folder: Path) -> list:
     return [read_audio(path) for path in files]
 
 
-def train_adapter(args, recordings: Path, output: Path) -> Path:
+def train_adapter(args, base: Path, recordings: Path, output: Path) -> Path:
     """`train.py --lora` in a process of its own -> folder of the adapter. ValueError with its last line where it fails."""
     command = [sys.executable, str(Path(__file__).with_name("train.py")), "--lora", "--data", str(recordings), "--output", str(output), "--codec", args.codec,
-               "--max_steps", str(args.steps), "--seed", str(args.seed), "--wandb", "disabled"]
-    command += ["--init_from", args.checkpoint] if args.checkpoint else []
+               "--max_steps", str(args.steps), "--seed", str(args.seed), "--wandb", "disabled", "--init_from", str(base)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"train.py --lora failed: {((done.stderr or done.stdout or 'no message').strip().splitlines() or ['no message'])[-1]}")
@@ -143,7 +142,7 @@ def bench_personal(args) -> tuple[dict, str]:
     voice = centre(sounds)
     rows = {"source": [hear(sound, text, voice=voice) for sound, text in zip(others or [], texts)], "before": say_alone(talker, args, texts, voice)}
     kept = {"before": say_after(talker, args, picked)}
-    adapter = train_adapter(args, folder, work / "adapter")
+    adapter = train_adapter(args, talker[3], folder, work / "adapter")
     lora.load(talker[0], adapter)
     rows["after"], kept["after"] = say_alone(talker, args, texts, voice), say_after(talker, args, picked)
     result = {"weights": weights_name(talker[3]), "voice_of": args.recordings or args.engine, "seconds": sum(map(len, sounds)) / 24000, "steps": args.steps,

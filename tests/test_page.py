@@ -207,7 +207,7 @@ def real_server(tmp_path):
 
 # ----------------------------------------------------------------------------- a browser
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def microphone(tmp_path_factory):
     """What the fake microphone hears: silence, a sentence, a pause in which an answer begins, another sentence, silence."""
     speech = read_audio(ROOT / "pretrained/nano/samples/item_03.ogg")[:int(1.5 * 24000)]
@@ -218,7 +218,7 @@ def microphone(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(microphone):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright (no browser download is needed)")
     if not CHROMIUM:
