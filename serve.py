@@ -104,7 +104,8 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     cfg = config.from_flags(ServeConfig, args)
     key = the_key(cfg)
-    print("loading model, codec and transcriber", flush=True)
+    if sys.stderr.isatty():
+        print("loading model, codec and transcriber", file=sys.stderr, flush=True)
     service = load(args)
     service.warm()
     from serve_app import make_app
