@@ -178,5 +178,5 @@ def add_flags(part) -> None:
     part.add_argument("--engine", default="hibari", choices=("hibari", "kokoro"), help="who speaks the new voice; default hibari")
     part.add_argument("--recordings", default="", help="folder of one person's recordings instead")
     part.add_argument("--minutes", type=float, default=5.0, help="of the new voice; default 5")
-    part.add_argument("--steps", type=int, default=100, help="steps of train.py --lora; default 100")
+    part.add_argument("--steps", type=int, default=50, help="steps of train.py --lora; default 50: more of them cost other voices theirs")
     part.add_argument("--save", default="outputs/benchmark/personal", help="folder for recordings and adapter; default outputs/benchmark/personal")
