@@ -105,7 +105,7 @@ class Nothing_else(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Nothing_else())
 import serve, serve_app, uvicorn, websockets
 from uvicorn.protocols.websockets import websockets_sansio_impl
-service = serve.load(serve.build_parser().parse_args([]))
+service = serve.load(serve.build_parser().parse_args(["--checkpoint", "pretrained/nano"]))
 app = serve_app.make_app(service, "")
 import numpy
 text = service.lab.codec and serve_app.Service and len(service.voices)
