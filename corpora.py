@@ -2,7 +2,7 @@
 
     for item in conversations("daily_talk", corpus_folder("daily_talk", given, target, hours)): ...
 
-The table says what the publishers say of each corpus; what is not known here is None. Any of Lhotse's recipes works by its name,
+The table says what is remembered of each corpus, unchecked against its publisher's page; what is not known here is None. Any of Lhotse's recipes works by its name,
 in the table or not. Lhotse downloads (goes on where it stopped), checks and reads; this module groups what it returns: utterances of
 a dialogue or a chapter that lie in files of their own become one conversation again.
 """
@@ -111,6 +111,7 @@ def table(names: list[str] | None = None, hours: float | None = None) -> str:
         size = wanted_part(name, hours)[1] if hours else corpus.gigabytes
         fetched = "" if recipe(name)[0] else "; to be got by hand"
         lines.append(f"{name:20s} {show(corpus.hours):>8s} {show(corpus.speakers):>8s} {show(size, '{:.1f}'):>6s}  {corpus.licence:34s} {corpus.what}{fetched}")
+    lines.append("hours, speakers, GB and licences are from memory: the corpus's own page decides")
     if names is None:
         others = [n for n in known_recipes() if n not in CORPORA]
         lines.append(f"and {len(others)} more recipes of Lhotse: {', '.join(others)}")

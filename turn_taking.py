@@ -6,7 +6,7 @@ The human reference is a logistic distribution of floor-transfer offsets (start 
 before) with median 0.2 s and 30 % of offsets below zero. Both are what Levinson and Torreira report for telephone
 conversations in their review of timing in turn-taking (Frontiers in Psychology 6:731, 2015); they also fix its scale. As
 a check, that distribution's overlaps last 0.21 s in the median and 0.28 s in the mean, where the same paper gives 0.205
-and 0.275 s.
+and 0.275 s. These four figures are quoted from memory, not from the paper at hand: check them before you cite them.
 """
 from __future__ import annotations
 
