@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Iterator
 
 import torch
 import torch.nn as nn
@@ -104,9 +105,12 @@ class Ear(nn.Module):
         return "".join(self.letters[c - 1] for c, _ in itertools.groupby(best) if c != BLANK).strip()
 
     @torch.no_grad()
+    def listen(self, codes: Tensor) -> Iterator[Tensor]:
+        """codes (K, T) of one turn, as the model reads them -> log-probabilities (N, A) of its parts, each no longer than max_frames; none for nothing."""
+        for part in codes.split(self.rope.cfg.max_positions // self.upsample, 1):
+            if part.shape[1]:
+                yield self(part[None], torch.tensor([part.shape[1]], device=part.device))[0].float().log_softmax(-1)
+
     def transcribe(self, codes: Tensor) -> str:
-        """codes (K, T) of one turn, as the model reads them -> what was said, "" for nothing."""
-        longest = self.rope.cfg.max_positions // self.upsample
-        parts = [part for part in codes.split(longest, 1) if part.shape[1]]
-        best = [self(part[None], torch.tensor([part.shape[1]], device=part.device))[0].argmax(-1).tolist() for part in parts]
-        return " ".join(filter(None, map(self.read, best)))
+        """The likeliest letter of every step; "" for nothing. With what is known of words: word_model.search."""
+        return " ".join(filter(None, (self.read(part.argmax(-1).tolist()) for part in self.listen(codes))))

@@ -80,7 +80,9 @@ class Listener:
 
     @torch.inference_mode()
     def partial(self) -> str:
-        """What the model's text head makes of what was heard so far; nothing is taken into the state."""
+        """What the model makes of what was heard so far; nothing is taken into the state."""
+        if self.codes and self.session.model.ear is not None:
+            return self.session.transcribe(torch.cat(self.codes, 1), self.speaker)
         return "" if not self.codes or self._state is None else self.session.written(self._ended(copy.copy(self._state)), self.num_frames, self._number)
 
     # ---- in steps

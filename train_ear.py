@@ -23,6 +23,7 @@ import runtime
 GUIDED = 0.4             # share of the run in which the letters' own steps are targets too, less and less
 FASTEST = 25.0           # letters a second: a turn that says more has another text than its sound
 SHOWN = 6                # held-out transcripts that are printed
+EAR = config.EarConfig(enabled=True)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def give_ear(model, seed: int):
     import torch
     from architecture import CSM
     if model.ear is None:
-        larger = CSM(dataclasses.replace(model.cfg, ear=config.EarConfig(enabled=True)))
+        larger = CSM(dataclasses.replace(model.cfg, ear=EAR))
         larger.init_weights(torch.Generator().manual_seed(seed))
         larger.load_state_dict(model.state_dict(), strict=False)
         larger.codec_fingerprint = model.codec_fingerprint
