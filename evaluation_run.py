@@ -120,8 +120,7 @@ class Speaker:
         import torch
         lab = self.lab                                                         # weights loaded inside inference mode would be inference tensors
         with torch.inference_mode():
-            spoken = list(lab.converse(plan))
-        return [s.audio for s in spoken], [{"speaker": s.speaker, "text": s.text, "ended": s.ended, "first_audio_ms": s.first_audio_ms, "total_ms": s.total_ms} for s in spoken]
+            return spoken_by(lab, plan)
 
     def through_codec(self, sounds: list[np.ndarray]) -> list[np.ndarray]:
         """Sounds with only what the model's codebooks hold of them."""
@@ -138,16 +137,26 @@ class Speaker:
 
 # ----------------------------------------------------------------------------- the conditions
 
-def model_talk(speaker: Speaker, plan: demo.Conversation, folder) -> Dialogue:
-    """What the model says; an answer begins when the turn before it is over and the time to its first sound has passed."""
-    key = validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
-    sounds, facts = kept(folder, key, lambda: speaker.converse(plan))
+def spoken_by(lab: demo.Lab, plan: demo.Conversation) -> tuple[list[np.ndarray], list[dict]]:
+    """The turns' sounds and their facts, in a new session."""
+    spoken = list(lab.converse(plan))
+    return [s.audio for s in spoken], [{"speaker": s.speaker, "text": s.text, "ended": s.ended, "first_audio_ms": s.first_audio_ms, "total_ms": s.total_ms} for s in spoken]
+
+
+def spoken_talk(plan: demo.Conversation, sounds: list[np.ndarray], facts: list[dict]) -> Dialogue:
+    """An answer begins when the turn before it is over and the time to its first sound has passed."""
     turns, clock = [], 0.0
     for planned, sound, fact in zip(plan.turns, sounds, facts):
         start = clock + (fact["first_audio_ms"] or 0.0) / 1000 if turns else 0.0
         turns.append(Turn(fact["speaker"], fact["text"], sound, start, planned.mood, fact))
         clock = start + len(sound) / RATE
     return Dialogue(plan.id, tuple(turns))
+
+
+def model_talk(speaker: Speaker, plan: demo.Conversation, folder) -> Dialogue:
+    """What the model says (see spoken_talk), kept in the folder."""
+    key = validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
+    return spoken_talk(plan, *kept(folder, key, lambda: speaker.converse(plan)))
 
 
 def codec_talk(speaker: Speaker, talk: Dialogue, folder) -> Dialogue:

@@ -32,15 +32,27 @@ STILL = 0.75                    # a score that reaches more on a corruption that
 
 def natural_talks(data, split: str, count: int, seed: int = 0, offset: int = 0) -> list:
     """`count` conversations of the split with several turns, drawn repeatably, as Dialogues (0: all). ValueError where there is none."""
+    found, names = _drawn(data, split, seed)
+    names = names[offset:]
+    if count and len(names) < count:
+        print(f"note: only {len(names)} conversations in the {split} split of {data}, {count} were asked for", file=sys.stderr)
+    return [from_supervisions(name, found[name], data) for name in (names[:count] if count else names)]
+
+
+def each_talk(data, split: str, seed: int = 0):
+    """All of them in the same order, each read when it is asked for."""
+    found, names = _drawn(data, split, seed)
+    return (from_supervisions(name, found[name], data) for name in names)
+
+
+def _drawn(data, split: str, seed: int) -> tuple[dict[str, list], list[str]]:
+    """Supervisions of the conversations of several turns, and their names in an order drawn repeatably."""
     import random
     from dataset_pipeline import read_supervisions
     found = {name: rows for name, rows in read_supervisions(Path(data), split).items() if len(rows) > 1}
     if not found:
         raise ValueError(f"the {split} split of {data} has no conversation of several turns: collect more (python collect_data.py --output {data} --target_hours 1)")
-    names = random.Random(seed).sample(sorted(found), len(found))[offset:]
-    if count and len(names) < count:
-        print(f"note: only {len(names)} conversations in the {split} split of {data}, {count} were asked for", file=sys.stderr)
-    return [from_supervisions(name, found[name], data) for name in (names[:count] if count else names)]
+    return found, random.Random(seed).sample(sorted(found), len(found))
 
 
 def recorded_talks(pairs: list[tuple], turns: int = 6) -> list[Dialogue]:
