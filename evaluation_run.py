@@ -73,10 +73,14 @@ def read_plans(args) -> tuple[list[demo.Conversation], list[Dialogue] | None]:
 
 # ----------------------------------------------------------------------------- keeping what was made
 
+def made_file(folder, key: str) -> Path:
+    return Path(folder) / f"made-{key}.npz"
+
+
 def kept(folder, key: str, make) -> tuple[list[np.ndarray], list]:
     """Sounds [(N,), ...] and a JSON value of make(), kept in folder/made-<key>.npz as 16-bit samples."""
     import runtime
-    path = Path(folder) / f"made-{key}.npz"
+    path = made_file(folder, key)
     try:
         with np.load(path, allow_pickle=False) as file:
             sounds = [file[f"s{i}"].astype(np.float32) / 32767 for i in range(len(file.files) - 1)]
@@ -155,8 +159,40 @@ def spoken_talk(plan: demo.Conversation, sounds: list[np.ndarray], facts: list[d
 
 def model_talk(speaker: Speaker, plan: demo.Conversation, folder) -> Dialogue:
     """What the model says (see spoken_talk), kept in the folder."""
-    key = validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
-    return spoken_talk(plan, *kept(folder, key, lambda: speaker.converse(plan)))
+    return spoken_talk(plan, *kept(folder, model_key(speaker, plan), lambda: speaker.converse(plan)))
+
+
+def model_key(speaker: Speaker, plan: demo.Conversation) -> str:
+    return validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
+
+
+def model_talks(args, speaker: Speaker, plans: list, folder) -> list[Dialogue]:
+    """model_talk of every plan, with a bar. What is not kept yet is spoken by args.jobs processes of one thread each, where a CPU speaks."""
+    from tqdm import tqdm
+    with tqdm(total=len(plans), desc="speaking", unit="conversation", file=sys.stderr) as bar:
+        missing = [plan for plan in plans if not made_file(folder, model_key(speaker, plan)).exists()]
+        bar.update(len(plans) - len(missing))
+        alone = args.jobs < 2 or len(missing) < 2 or str(args.device) != "cpu"
+        for _ in map(lambda plan: model_talk(speaker, plan, folder), missing) if alone else _spoken_apart(args, missing, folder):
+            bar.update()
+    return [model_talk(speaker, plan, folder) for plan in plans]
+
+
+_HERE: dict = {}                # a process that speaks keeps its model
+
+
+def _spoken_apart(args, plans: list, folder):
+    jobs = [(args, plan, str(folder)) for plan in plans]
+    with validity.processes(min(args.jobs, len(jobs))) as pool:
+        yield from pool.map(_speak_here, jobs)
+
+
+def _speak_here(job: tuple) -> None:
+    """In a process of its own: (args, plan, folder) -> the file that model_talk keeps."""
+    args, plan, folder = job
+    if "speaker" not in _HERE:
+        _HERE["speaker"] = Speaker(args)
+    model_talk(_HERE["speaker"], plan, folder)
 
 
 def codec_talk(speaker: Speaker, talk: Dialogue, folder) -> Dialogue:
@@ -218,7 +254,7 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     wanted = [c for c in conditions if natural is not None or c in ("model", "source")]
     talks: dict[str, list] = {}
     if "model" in wanted:
-        talks["model"] = [model_talk(speaker, plan, how.folder) for plan in tqdm(plans, desc="speaking", unit="conversation", file=sys.stderr)]
+        talks["model"] = model_talks(args, speaker, plans, how.folder)
     natural = None if natural is None else natural[:args.beside or None]
     known = natural if natural is not None else talks["model"][:args.beside or None]
     characters = characters_of(args.conversations) if natural is not None else {}
@@ -229,16 +265,16 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     if "codec" in wanted:
         talks["codec"] = [codec_talk(speaker, talk, how.folder) for talk in tqdm(natural, desc="codec", unit="conversation", file=sys.stderr)]
     talks = {c: talks[c] for c in CONDITIONS if c in talks}
-    scored = {c: _condition(part, how, models, args.again) for c, part in talks.items()}
+    heard = iter(validity.measure([talk for part in talks.values() for talk in part], how)[None])               # all at once: one bar, and processes start once
+    scored = {c: _condition(part, [rows for _, rows in (next(heard) for _ in part)], models, args.again) for c, part in talks.items()}
     result = {"conversations": len(plans), "turns": sum(len(p.turns) for p in plans), "weights": speaker.name(), "beside": len(known), "conditions": {c: s[0] for c, s in scored.items()},
               "per_conversation": {c: s[1] for c, s in scored.items()}}
     return result, talks
 
 
-def _condition(talks: list, how: validity.Listening, models: dict, again: int) -> tuple[dict, list]:
-    """One condition: summary over conversations, and one row per conversation."""
+def _condition(talks: list, measured: list[list[dict]], models: dict, again: int) -> tuple[dict, list]:
+    """One condition, its turns measured: summary over conversations, and one row per conversation."""
     import judges
-    measured = [rows for _, rows in validity.measure(talks, how)[None]]
     rows = [metrics.score(talk, part, models) for talk, part in zip(talks, measured)]
     faults = [f for talk, part in zip(talks, measured) for f in end_faults(talk, part)]
     pairs = [(t.text, m["heard"]) for talk, part in zip(talks, measured) for t, m in zip(talk.turns, part)]
