@@ -1,7 +1,9 @@
 """Watching a training: samples, scores and W&B, none of which changes what is trained or ends it."""
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 import types
 
@@ -18,7 +20,7 @@ from audio_io import read_audio
 from config import CodecConfig, TrainConfig
 from rvq_tokenizer import Codec
 from runtime import Ranks, read_metrics
-from test_train import losses, run, same, settings, write_tokens
+from test_train import flags, losses, run, same, settings, write_tokens
 
 PNG = b"\x89PNG"
 
@@ -135,6 +137,17 @@ def test_only_the_first_rank_looks(house, tmp_path, monkeypatch):
         assert not looked
         trainer.run()
     assert looked[-1] == 2
+
+
+def test_two_ranks_wait_for_the_first_one_to_look(house, tmp_path):
+    """Under torchrun: one set of samples, and the losses of a run that was not watched."""
+    options = {"max_steps": 2, "eval_every": 1, "lexicon_words": 0}
+    run(watched(house, tmp_path / "alone", accumulate=2, **options | {"samples": 0}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *flags(watched(house, tmp_path / "two", scored=1, **options))]
+    done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert sorted(p.name for p in (tmp_path / "two/samples").iterdir()) == ["step_000001", "step_000002"] and done.stderr.count("note: no scores") == 1
 
 
 def test_a_sharded_run_says_that_it_cannot(house, tmp_path, monkeypatch, capsys):
