@@ -440,7 +440,7 @@ class TrainConfig:
     save_minutes: float = 3.0         # also save when the last time was this long ago; 0: by steps alone
     samples: int = 3                  # held-out lines that the model says, as sound and picture; 0: none
     sample_every: int = 0             # steps between them; 0: with every validation; -1: only at the end
-    scored: int = 0                   # held-out conversations that the model holds and the scores of evaluation_framework.py judge; 0: none (a minute each on a CPU)
+    scored: int = 0                   # held-out conversations that the model holds and the scores of evaluation_framework.py judge; 0: none (some ten seconds each on a free CPU core)
     score_every: int = 0              # steps between them; 0: with every validation; -1: only at the end
     log_every: int = 10
     minutes: float = 0.0              # the run lasts this long (schedule included), whatever max_steps says; 0: max_steps counts

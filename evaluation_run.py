@@ -173,18 +173,13 @@ def model_talks(args, speaker: Speaker, plans: list, folder) -> list[Dialogue]:
         missing = [plan for plan in plans if not made_file(folder, model_key(speaker, plan)).exists()]
         bar.update(len(plans) - len(missing))
         alone = args.jobs < 2 or len(missing) < 2 or str(args.device) != "cpu"
-        for _ in map(lambda plan: model_talk(speaker, plan, folder), missing) if alone else _spoken_apart(args, missing, folder):
+        done = map(lambda plan: model_talk(speaker, plan, folder), missing) if alone else validity.spread(_speak_here, [(args, plan, folder) for plan in missing], args.jobs)
+        for _ in done:
             bar.update()
     return [model_talk(speaker, plan, folder) for plan in plans]
 
 
 _HERE: dict = {}                # a process that speaks keeps its model
-
-
-def _spoken_apart(args, plans: list, folder):
-    jobs = [(args, plan, str(folder)) for plan in plans]
-    with validity.processes(min(args.jobs, len(jobs))) as pool:
-        yield from pool.map(_speak_here, jobs)
 
 
 def _speak_here(job: tuple) -> None:
@@ -236,11 +231,32 @@ def end_faults(talk: Dialogue, measured: list[dict]) -> list[dict]:
     return found
 
 
-def second_ears(talk: Dialogue) -> list[tuple[str, str]]:
-    """(text, what PocketSphinx hears) of the turns; [] where it is not installed."""
+def second_ears(talks: list[Dialogue], how: validity.Listening) -> list[tuple[str, str]]:
+    """(text, what PocketSphinx hears) of the turns, kept in the folder; [] where it is not installed."""
+    from tqdm import tqdm
     if importlib.util.find_spec("pocketsphinx") is None:
         return []
-    return [(t.text, metrics.transcribe_again(t.audio)) for t in talk.turns]
+    turns = [turn for talk in talks for turn in talk.turns]
+    jobs = [(turn.audio, how.folder) for turn in turns]
+    missing = [job for job in jobs if not _again_file(job).exists()]
+    for _ in tqdm(validity.spread(_hear_again, missing, how.jobs), desc="a second ASR", unit="turn", initial=len(jobs) - len(missing), total=len(jobs), disable=not missing, file=sys.stderr):
+        pass
+    return [(turn.text, _hear_again(job)) for turn, job in zip(turns, jobs)]
+
+
+def _again_file(job: tuple) -> Path:
+    return Path(job[1]) / f"again-{validity.digest(fingerprint(job[0]))}.json"
+
+
+def _hear_again(job: tuple) -> str:
+    """(audio, folder) -> what PocketSphinx hears, from the folder or heard now."""
+    import runtime
+    try:
+        return json.loads(_again_file(job).read_text(encoding="utf-8"))["heard"]
+    except (OSError, ValueError, KeyError):                                    # not there, or torn
+        heard = metrics.transcribe_again(job[0])
+        runtime.write_json(_again_file(job), {"heard": heard})
+        return heard
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -266,19 +282,20 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
         talks["codec"] = [codec_talk(speaker, talk, how.folder) for talk in tqdm(natural, desc="codec", unit="conversation", file=sys.stderr)]
     talks = {c: talks[c] for c in CONDITIONS if c in talks}
     heard = iter(validity.measure([talk for part in talks.values() for talk in part], how)[None])               # all at once: one bar, and processes start once
-    scored = {c: _condition(part, [rows for _, rows in (next(heard) for _ in part)], models, args.again) for c, part in talks.items()}
+    again = iter(second_ears([talk for part in talks.values() for talk in part[:args.again]], how))
+    checked = {c: [pair for talk in part[:args.again] for _, pair in zip(talk.turns, again)] for c, part in talks.items()}
+    scored = {c: _condition(part, [rows for _, rows in (next(heard) for _ in part)], models, checked[c]) for c, part in talks.items()}
     result = {"conversations": len(plans), "turns": sum(len(p.turns) for p in plans), "weights": speaker.name(), "beside": len(known), "conditions": {c: s[0] for c, s in scored.items()},
               "per_conversation": {c: s[1] for c, s in scored.items()}}
     return result, talks
 
 
-def _condition(talks: list, measured: list[list[dict]], models: dict, again: int) -> tuple[dict, list]:
-    """One condition, its turns measured: summary over conversations, and one row per conversation."""
+def _condition(talks: list, measured: list[list[dict]], models: dict, checked: list[tuple]) -> tuple[dict, list]:
+    """One condition, its turns measured and some (text, heard) by a second ASR: summary over conversations, and one row per conversation."""
     import judges
     rows = [metrics.score(talk, part, models) for talk, part in zip(talks, measured)]
     faults = [f for talk, part in zip(talks, measured) for f in end_faults(talk, part)]
     pairs = [(t.text, m["heard"]) for talk, part in zip(talks, measured) for t, m in zip(talk.turns, part)]
-    checked = [pair for talk in talks[:again] for pair in second_ears(talk)]
     offsets = [o for talk, part in zip(talks, measured) for o in metrics.turn_taking.floor_transfers(metrics.speech_spans(talk, part))]
     waits = [t.facts["first_audio_ms"] for talk in talks for t in talk.turns if t.facts.get("first_audio_ms") is not None]
     known = [f["runaway"] for f in faults if f["runaway"] is not None]

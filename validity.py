@@ -164,7 +164,7 @@ def measure(talks: list[Dialogue], how: Listening, kinds: tuple = (None,), seed:
     found = list(map(_kept_talk, jobs))
     missing = [i for i, kept in enumerate(found) if kept is None]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="listening", unit="conversation", disable=len(jobs) < 2, file=sys.stderr) as bar:
-        for i, _ in zip(missing, _spread([jobs[i] for i in missing], how.jobs)):
+        for i, _ in zip(missing, spread(_measure_talk, [jobs[i] for i in missing], how.jobs)):
             found[i] = _kept_talk(jobs[i])
             bar.update()
     return {kind: found[k * len(talks):(k + 1) * len(talks)] for k, kind in enumerate(kinds)}
@@ -176,12 +176,13 @@ def processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
 
 
-def _spread(jobs: list, count: int):
+def spread(act, jobs: list, count: int):
+    """act(job) of every job in their order, by so many processes."""
     if count == 1 or len(jobs) < 2:
-        yield from map(_measure_talk, jobs)
+        yield from map(act, jobs)
         return
     with processes(min(count, len(jobs))) as pool:
-        yield from pool.map(_measure_talk, jobs)
+        yield from pool.map(act, jobs)
 
 
 # ----------------------------------------------------------------------------- fitting the judges

@@ -262,6 +262,10 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     assert len(result["per_conversation"]["model"]) == 2 and result["turns"] == 8 and model["wer_again"]["n"] == 4
     page = (out / "page.html").read_text()
     assert page.count("<audio") == 5 and result["beside"] == 1 and len(result["per_conversation"]["natural"]) == 1 and all((out / "audio" / f"{c}_000.ogg").stat().st_size > 1000 for c in result["conditions"])
+    with monkeypatch.context() as patch:                                      # all of it is kept: nobody listens again, and the figures are the same
+        patch.setattr(metrics, "transcribe_again", lambda *more: pytest.fail("heard again"))
+        patch.setattr(metrics.judges, "transcribe", lambda *more: pytest.fail("listened again"))
+        assert evaluation_framework.main(words) == 0 and json.loads((out / "results.json").read_text())["conditions"] == result["conditions"]
     assert "pipeline: source TTS" in page and "data:image/png" in page and "nan" not in re.sub("base64,[^\"]+", "", page).lower()
 
 
