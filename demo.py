@@ -366,6 +366,14 @@ class Lab:
         self._written: dict[int, tuple] = {}                               # recordings whose words were written down
         self.voices = [written_voice(audio) for audio in self.given_voices] or ([] if args.adapter else shipped_voices(ROOT / "pretrained" / "voices"))
 
+    @classmethod
+    def around(cls, model, codec, tokenizer, sampling, voices: list[dict]) -> Lab:
+        """A lab for a model that is there already, such as one in training; it knows no answers."""
+        lab = cls.__new__(cls)
+        lab.model, lab.codec, lab.tokenizer, lab.sampling, lab.voices = model, codec, tokenizer, sampling, voices
+        lab.num_codebooks, lab.responder, lab._written = None, None, {}
+        return lab
+
     @staticmethod
     def find_weights(given: str, adapter: str) -> Path:
         """--checkpoint, else what the adapter was trained on, else the default."""

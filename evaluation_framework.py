@@ -31,7 +31,7 @@ def build_parser() -> config.Parser:
         part.add_argument("--cache", default="outputs/cache/evaluation", help="what was listened to and made; default outputs/cache/evaluation")
         if name in COUNTS:
             part.add_argument("--count", type=int, default=COUNTS[name], help=f"conversations; 0: all; default {COUNTS[name]}")
-            part.add_argument("--jobs", type=int, default=0, help="processes that listen; 0: one per core (default)")
+            part.add_argument("--jobs", type=int, default=0, help="processes that listen (run: and speak, on a CPU); 0: one per core (default)")
         if name in ("validate", "fit"):
             part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
         part.add_argument("--output", default=f"outputs/evaluation/{name}" if name != "fit" else "assets/evaluation.json", help="folder, or the file that fit writes")

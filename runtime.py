@@ -207,6 +207,21 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """Afterwards the random numbers of Python, NumPy and torch go on, and torch has as many threads, as if nothing had happened inside."""
+    import numpy
+    import torch
+    before = random.getstate(), numpy.random.get_state(), rng_state(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        set_rng_state(before[2])
+        torch.set_num_threads(before[3])
+
+
 def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks instead of giving them back to the system and fetching them anew each step (CPU training).
 
@@ -303,7 +318,7 @@ def cosine_lr(step: int, max_steps: int, warmup_steps: int = 0, min_ratio: float
 class MetricsLog:
     """Appends one JSON object per call to folder/metrics.jsonl, and to W&B where that is wanted and works.
 
-    start_step > 0 (a resumed run) drops the lines that will be written again: those of that step on, its validation aside.
+    start_step > 0 (a resumed run) drops the lines that will be written again: those of that step on, its validation and evaluation aside.
     W&B never asks for an account and its failure never stops a run: a line on stderr says so.
     """
 
@@ -311,7 +326,7 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         def old(line):
-            return line["step"] < start_step or (line["step"] == start_step and line.get("kind") == "validation")
+            return line["step"] < start_step or (line["step"] == start_step and line.get("kind") in ("validation", "evaluation"))
         kept = [line for line in read_metrics(self.path) if old(line)] if start_step else []
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.run, self.lost = _start_wandb(Path(folder), config or {}, wandb, name), 0
@@ -329,8 +344,18 @@ class MetricsLog:
             self.lost += 1
         if self.run is not None:
             try:
-                self.run.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                self.run.log(_curves(line), step=step)
             except Exception as error:                    # any failure of W&B: go on without it
+                self._drop_wandb(error)
+
+    def show(self, step: int, sound, picture, caption: str) -> None:
+        """A WAV file and a PNG file for W&B, under "samples/" and "spectrograms/" and the name of the file."""
+        if self.run is not None:
+            try:
+                import wandb
+                name = Path(sound).stem
+                self.run.log({f"samples/{name}": wandb.Audio(str(sound), caption=caption), f"spectrograms/{name}": wandb.Image(str(picture), caption=caption)}, step=step)
+            except Exception as error:
                 self._drop_wandb(error)
 
     def close(self) -> None:
@@ -344,6 +369,15 @@ class MetricsLog:
     def _drop_wandb(self, error) -> None:
         print(f"note: W&B stopped ({str(error).splitlines()[0] if str(error) else type(error).__name__}); metrics.jsonl goes on", file=sys.stderr)
         self.run = None
+
+
+def _curves(line: dict) -> dict:
+    """The numbers of a line; of a list one curve per place, counted from 1."""
+    found = {}
+    for name, value in line.items():
+        parts = {f"{name}/{place:02d}": v for place, v in enumerate(value, 1)} if isinstance(value, list) else {name: value}
+        found |= {k: v for k, v in parts.items() if isinstance(v, (int, float)) and k != "step"}
+    return found
 
 
 def _finite(value):
