@@ -22,6 +22,7 @@ import conversation_metrics as metrics
 import demo
 import validity
 from corruptions import retimed
+from dataset_pipeline import data_folders
 from dialogue import RATE, Dialogue, Turn, fingerprint
 
 CONDITIONS = ("natural", "codec", "source", "model")
@@ -56,19 +57,36 @@ def plan_natural(talk: Dialogue) -> tuple[demo.Conversation, Dialogue] | None:
 
 def read_plans(args) -> tuple[list[demo.Conversation], list[Dialogue] | None]:
     """What --conversations names: a JSON file as demo.py's batch mode takes it, or a data folder, whose natural conversations come along."""
-    path = Path(args.conversations)
-    if not path.exists():
-        raise ValueError(f"there is no {path}: give --conversations a JSON file (examples/conversations.json) or a folder of collect_data.py")
-    if path.is_file():
-        found, warnings = demo.read_conversations(path)
+    if Path(args.conversations).is_file():
+        found, warnings = demo.read_conversations(Path(args.conversations))
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return (found[:args.count] if args.count else found), None
-    pairs = [pair for pair in map(plan_natural, validity.natural_talks(path, args.split, 0, args.seed)) if pair]
+    pairs = [pair for pair in map(plan_natural, natural_of(args.conversations, args.split, args.seed)) if pair]
     pairs = pairs[:args.count] if args.count else pairs
     if not pairs:
-        raise ValueError(f"no conversation of the {args.split} split of {path} has an opening and two turns after it: collect more")
+        raise ValueError(f"no conversation of the {args.split} split of {args.conversations} has an opening and two turns after it: collect more")
     return [c for c, _ in pairs], [rest for _, rest in pairs]
+
+
+def natural_of(data: str, split: str, seed: int) -> list[Dialogue]:
+    """Conversations of several turns of all folders and splits (both with commas between), one place after the other. ValueError for one that is not there."""
+    folders, splits = data_folders(data), [part.strip() for part in split.split(",")]
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise ValueError(f"there is no {missing[0]}: give --conversations a JSON file (examples/conversations.json) or folders of collect_data.py")
+    if unknown := set(splits) - {"train", "validation", "test"}:
+        raise ValueError(f"--split {sorted(unknown)[0]}: use test, validation or train, several with commas between")
+    found = []
+    for folder in folders:
+        for part in splits:
+            found += [named_apart(talk, folder) if len(folders) > 1 else talk for talk in validity.natural_talks(folder, part, 0, seed)]
+    return found
+
+
+def named_apart(talk: Dialogue, folder) -> Dialogue:
+    """Each collection counts its conversations and speakers from 0."""
+    place = Path(folder).name
+    return Dialogue(f"{place}-{talk.id}", tuple(replace(turn, speaker=f"{place}-{turn.speaker}") for turn in talk.turns))
 
 
 # ----------------------------------------------------------------------------- keeping what was made
@@ -197,12 +215,15 @@ def codec_talk(speaker: Speaker, talk: Dialogue, folder) -> Dialogue:
 
 
 def characters_of(data) -> dict:
-    """Id -> synthetic Character of a synthetic collection; {} for other data."""
+    """Speaker -> synthetic Character of synthetic collections; {} for other data."""
     import synthetic_conversations as synthetic
+    folders, found = data_folders(data), {}
     try:
-        lines = (Path(data) / "index.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return {c["id"]: synthetic.Character(**c) for row in rows for c in row.get("characters", ())}
+        for folder in folders:
+            lines = (Path(folder) / "index.jsonl").read_text(encoding="utf-8").splitlines()
+            rows, place = [json.loads(line) for line in lines if line.strip()], f"{Path(folder).name}-" * (len(folders) > 1)
+            found |= {place + c["id"]: synthetic.Character(**c) for row in rows for c in row.get("characters", ())}
+        return found
     except (OSError, ValueError, TypeError):
         return {}
 

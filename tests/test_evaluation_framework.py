@@ -269,6 +269,22 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     assert "pipeline: source TTS" in page and "data:image/png" in page and "nan" not in re.sub("base64,[^\"]+", "", page).lower()
 
 
+def test_conversations_of_several_places_stay_apart(tmp_path, monkeypatch):
+    """Each collection counts its conversations from 0: the same name, another person."""
+    import evaluation_run
+    monkeypatch.setattr(validity, "natural_talks", lambda data, split, *more: [make_talk(0 if split == "test" else 1)])
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    one, two = str(tmp_path / "a"), f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+    assert [t.id for t in evaluation_run.natural_of(one, "test", 0)] == [make_talk(0).id]
+    found = evaluation_run.natural_of(two, "test, validation", 0)
+    assert len({t.id for t in found}) == 4 and not {s for t in found[:2] for s in t.speakers} & {s for t in found[2:] for s in t.speakers}
+    assert [x.audio is y.audio or (x.audio == y.audio).all() for x, y in zip(found[2].turns, make_talk(0).turns)]
+    for data, split, named in ((f"{one},{tmp_path / 'none'}", "test", "none"), (one, "tset", "--split tset")):
+        with pytest.raises(ValueError, match=named):
+            evaluation_run.natural_of(data, split, 0)
+
+
 def test_a_file_of_conversations_has_no_topline(humming, tmp_path, capsys):
     file = tmp_path / "in.json"
     file.write_text(json.dumps({"conversations": [{"id": "x<y>", "turns": [{"speaker": "u", "text": "Hello <b>there</b>."}, {"speaker": "v"}]}]}))
