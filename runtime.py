@@ -16,6 +16,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,18 +223,45 @@ def undisturbed():
         torch.set_num_threads(before[3])
 
 
+MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -4, -3, -1, -8     # of glibc's malloc.h
+
+
 def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks instead of giving them back to the system and fetching them anew each step (CPU training).
 
     Returns whether it could be done (Linux with glibc).
     """
+    return _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2 ** 31 - 1})
+
+
+def return_freed_memory(every: float = 15.0) -> bool:
+    """Make glibc give freed memory back to the system (servers): blocks of 1 MB and more at once, the rest every so many seconds.
+
+    Left alone it raises its own thresholds to up to 32 and 64 MB after the first large block, and has a heap for each of up to eight threads a core:
+    what comes and goes with conversations (windows, a recording's activations) then lies between small blocks that stay, and memory grows with the
+    turns although nothing more is in use. Returns whether it could be done (Linux with glibc).
+    """
+    if not _set_malloc({MMAP_THRESHOLD: 2 ** 20, TRIM_THRESHOLD: 2 ** 23, ARENA_MAX: 2}):
+        return False
+    threading.Thread(target=_trim_for_ever, args=(every,), name="trim", daemon=True).start()
+    return True
+
+
+def _trim_for_ever(every: float) -> None:
+    import ctypes
+    libc = ctypes.CDLL("libc.so.6")
+    while True:
+        time.sleep(every)
+        libc.malloc_trim(0)                                    # pages between blocks that are in use, of every heap
+
+
+def _set_malloc(settings: dict[int, int]) -> bool:
     if sys.platform != "linux":
         return False
     import ctypes
     try:
         libc = ctypes.CDLL("libc.so.6")
-        mmap_max, trim_threshold = -4, -1                     # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2 ** 31 - 1))
+        return all([libc.mallopt(name, value) for name, value in settings.items()])
     except (OSError, AttributeError):                         # another C library
         return False
 
