@@ -31,7 +31,7 @@ from audio_io import SAMPLE_RATE
 from batching import BatchingEngine, EngineFull
 from config import EndpointConfig, LiveConfig
 from endpointing import Endpointer, sounds_finished
-from generation import Session, split_text
+from generation import Session, sentences as sentences
 from listening import heard_part, listen
 from speech_formats import to_pcm
 from turns import Turn
@@ -44,9 +44,6 @@ LETTERS_PER_SECOND = 14.0                  # for the first estimate of what was 
 TAIL_SECONDS = 0.3                         # a reply may be interrupted for so long after it has played: buffers of the listener
 DRAFT_SHARE = 5                            # times as long as a transcript takes lie between two drafts of a turn
 SLACK = 0.02                               # seconds that a piece may be late before it counts as an underrun
-REPLY_CHARACTERS = 1200
-SHORTEST = 12                              # characters of a first sentence, so that it is no mere "Oh."
-SENTENCE_END = re.compile(r"[.?!]+[\"')\]]*\s+(?=\S)")
 
 
 class Closed(Exception):
@@ -94,25 +91,6 @@ class Ears:
 
 
 # ----------------------------------------------------------------------------- small pure functions
-
-def sentences(words, longest: int = 240) -> Iterator[tuple[str, str | None]]:
-    """Pieces of text -> (sentence, mood) as soon as each is complete, none longer than `longest`; at most REPLY_CHARACTERS in all.
-
-    mood: that of the piece it ends in, where pieces have one (responders.Words).
-    """
-    text, total, mood = "", 0, None
-    for piece in words:
-        mood = getattr(piece, "mood", None)
-        piece = piece[:REPLY_CHARACTERS - total]
-        total += len(piece)
-        text += piece
-        while (cut := next((m.end() for m in SENTENCE_END.finditer(text) if m.end() >= SHORTEST), None)) is not None:
-            yield from ((part, mood) for part in split_text(text[:cut], longest))
-            text = text[cut:]
-        if total >= REPLY_CHARACTERS:
-            break
-    yield from ((part, mood) for part in split_text(text, longest))
-
 
 def speakable(text: str) -> bool:
     return bool(re.search(r"[A-Za-z0-9]", text))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import generation
 import live
 from architecture import CSM
 from batching import BatchingEngine, EngineFull
@@ -449,7 +450,7 @@ def test_sentences_come_as_soon_as_they_are_whole():
 def test_sentences_have_their_mood_and_no_more_than_so_many_letters():
     assert list(sentences([Words.of("We won the whole race! We did.", "excited")])) == [("We won the whole race!", "excited"), ("We did.", "excited")]
     long = [text for text, _ in sentences(("word " for _ in range(1000)))]
-    assert sum(map(len, long)) <= live.REPLY_CHARACTERS and all(len(text) <= 240 for text in long)
+    assert sum(map(len, long)) <= generation.REPLY_CHARACTERS and all(len(text) <= 240 for text in long)
 
 
 def test_settings_name_their_flag():
