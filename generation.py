@@ -592,14 +592,20 @@ class Session:
         self.model(cut_rows(listened, 0, -2), state=state)                    # all but the empty transcript
         return self.written(state, codes.shape[1], 0)
 
-    def written(self, state, frames: int, number: int) -> str:
-        """The transcript by the text head of a turn of `frames` frames that the state ends with; "" for nothing."""
+    def written(self, state, frames: int, number: int, drafts=None) -> str:
+        """The transcript by the text head of a turn of `frames` frames that the state ends with; "" for nothing. drafts: see writing.write."""
+        return self.as_transcript(self.transcript_tokens(state, frames, number, drafts))
+
+    def transcript_tokens(self, state, frames: int, number: int, drafts=None) -> Iterator[int]:
+        """The same as token ids, one by one."""
         if self.model.text_head is None:
-            return ""
-        most = min(math.ceil(BYTES_PER_SECOND * frames / self.model.cfg.frame_rate), state.limit - state.length - 1)
-        ids = list(stream_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], number, most, 0.0))
+            return iter(())
+        most = math.ceil(BYTES_PER_SECOND * frames / self.model.cfg.frame_rate)
+        return stream_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], number, most, 0.0, None, drafts)
+
+    def as_transcript(self, ids) -> str:
         try:
-            return normalise(self.tokenizer.decode(ids))
+            return normalise(self.tokenizer.decode(list(ids)))
         except ValueError:
             return ""
 

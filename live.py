@@ -92,6 +92,16 @@ class Ears:
 
 # ----------------------------------------------------------------------------- small pure functions
 
+def one_by_one(words: Iterator, call: Callable) -> Iterator:
+    """The same words, each computed in a call of the engine: what is said between two of them may use the session."""
+    nothing = object()
+    try:
+        while (word := call(lambda: next(words, nothing))) is not nothing:
+            yield word
+    finally:
+        words.close()
+
+
 def speakable(text: str) -> bool:
     return bool(re.search(r"[A-Za-z0-9]", text))
 
@@ -416,7 +426,7 @@ class LiveConversation:
 
     def _words(self) -> Iterator[str]:
         words = self.responder.stream(self.session, MODEL, list(self.history), NAMES[MODEL])
-        return iter(self._call(lambda: list(words))) if self.responder.on_model else words
+        return one_by_one(words, self._call) if self.responder.on_model else words
 
     def _answer(self, reply: Reply) -> None:
         words = self._words()
