@@ -11,6 +11,7 @@ import torch
 import generation
 import listening
 import live
+import responders
 from architecture import CSM
 from audio_io import resample
 from batching import BatchingEngine, EngineFull
@@ -125,7 +126,8 @@ def test_a_typed_turn_is_answered_sentence_by_sentence(parts):
         np.testing.assert_allclose(np.frombuffer(b"".join(talk.pcm), "<i2") / 32767, np.concatenate([t.audio for t in talk.live.session.turns[1:]]), atol=1e-4)
 
 
-def test_the_first_sentence_is_spoken_before_the_second_is_written(parts):
+@pytest.mark.parametrize("on_model", [False, True])
+def test_the_first_sentence_is_spoken_before_the_second_is_written(parts, on_model):
     heard = threading.Event()
 
     def slowly():
@@ -133,13 +135,29 @@ def test_the_first_sentence_is_spoken_before_the_second_is_written(parts):
         yield "And"
         assert heard.wait(30)
         yield " the second."
-    with Talk(parts, Says(slowly())) as talk:
+    responder = Says(slowly())
+    responder.on_model = on_model
+    with Talk(parts, responder) as talk:
         talk.live.type("go on")
         talk.until("reply_started")
         while talk.events.get(timeout=30)["type"] != "audio":
             pass
         heard.set()
         assert talk.until("reply_done")[-1]["text"] == "The first sentence. And the second."
+
+
+def test_the_text_heads_reply_is_spoken_as_it_is_written(parts):
+    """All of it is what the head would have written at once, though its sentences were spoken in between."""
+    greedy = dataclasses.replace(SHORT, text_temperature=0.0)
+    alone = Session(*parts, TOKENIZER, greedy)
+    alone.add_turn(USER, "hello")
+    whole = alone.reply_text(MODEL)
+    with Talk(parts, responders.make("model"), sampling=greedy) as talk:
+        pieces, stream = [], talk.live.responder.stream
+        talk.live.responder.stream = lambda *asked: (pieces.append(piece) or piece for piece in stream(*asked))
+        talk.live.type("hello")
+        said = talk.until("reply_done", "error")[-1]
+        assert "".join(pieces) == whole and len(pieces) > 5 and said["text"] == " ".join(part for part, _ in sentences([whole]) if live.speakable(part))
 
 
 @pytest.mark.parametrize("piece", [480, 1111])
