@@ -379,6 +379,7 @@ class LiveConfig:
     history: int = 24                 # turns that a responder is shown
     user_sound: bool = True           # the model hears the user's voice, not the words alone
     user_seconds: float = 8.0         # the newest of it, at most
+    stream_sound: bool = True         # the voice is taken in while the user speaks, not after the turn (which is what happens where a turn exceeds user_seconds)
 
     def __post_init__(self):
         _require(min(self.ahead_seconds, self.user_seconds) > 0 <= self.partial_seconds, "times must be positive: change --ahead_seconds, --user_seconds or --partial_seconds")
