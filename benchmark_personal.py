@@ -73,7 +73,7 @@ def person(folder: Path) -> list:
 def train_adapter(args, base: Path, recordings: Path, output: Path) -> Path:
     """`train.py --lora` in a process of its own -> folder of the adapter. ValueError with its last line where it fails."""
     command = [sys.executable, str(Path(__file__).with_name("train.py")), "--lora", "--data", str(recordings), "--output", str(output), "--codec", args.codec,
-               "--max_steps", str(args.steps), "--seed", str(args.seed), "--wandb", "disabled", "--init_from", str(base)]
+               "--max_steps", str(args.steps), "--seed", str(args.seed), "--wandb", "disabled", "--samples", "0", "--init_from", str(base)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"train.py --lora failed: {((done.stderr or done.stdout or 'no message').strip().splitlines() or ['no message'])[-1]}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -28,6 +29,7 @@ HANG = 60.0                      # seconds without an answer
 RATE = 24000
 SHORT = ["--max_seconds", "0.4", "--max_text", "200", "--stall_seconds", "5"]           # of the server that is sent nonsense: what is valid among it costs little
 SNR_DB = 15.0
+LOOKS = 100                      # at the memory during a replay
 CUT_EARLY, MISSED = 0.1, 3.0     # seconds: an end before the last word's end; no end so long after it
 
 
@@ -244,25 +246,55 @@ def bench_endpointing(args) -> dict:
 
 # ----------------------------------------------------------------------------- memory
 
-async def many_turns(server: Server, count: int, spoken: list, texts: list[str], seed: int) -> dict:
-    """Turns one after another, now and then interrupted, spoken, or in a new conversation. Memory of the server along the way."""
+@dataclasses.dataclass
+class Replay:
+    """How far a replay has come: it is over after `turns` turns and `seconds` of sound, heard and spoken."""
+    server: Server
+    turns: int
+    seconds: float
+    bar: object
+    done: int = 0
+    sound: float = 0.0
+    memory: list = dataclasses.field(default_factory=list)       # (turns, MB of the server) along the way
+
+    @property
+    def share(self) -> float:
+        return min(self.done / self.turns if self.turns else 1.0, self.sound / self.seconds if self.seconds else 1.0)
+
+    async def add(self, sound: float) -> None:
+        self.done, self.sound = self.done + 1, self.sound + sound
+        self.bar.update(min(1.0, self.share) - self.bar.n)
+        if self.share * LOOKS > len(self.memory):
+            self.memory.append((self.done, 0.0))                 # its place, so that nobody else looks meanwhile
+            place = len(self.memory) - 1
+            self.memory[place] = (self.memory[place][0], await asyncio.to_thread(lambda: self.server.memory_mb))
+
+
+async def one_talker(replay: Replay, rng: random.Random, spoken: list, texts: list[str]) -> None:
+    """Turns one after another, now and then interrupted, spoken, or in a new conversation."""
     import websockets
+    ws = None
+    while replay.share < 1.0:
+        if ws is None or rng.random() < 0.04:
+            if ws is not None:
+                await ws.close()
+            ws = await websockets.connect(f"ws://{replay.server.host}:{replay.server.port}/v1/conversation", max_size=None)
+            await ws.send(json.dumps({"type": "start", "sample_rate": RATE}))
+        await replay.add(await hurried_turn(ws, rng, spoken, texts))
+    if ws is not None:
+        await ws.close()
+
+
+async def many_turns(server: Server, turns: int, seconds: float, talkers: int, spoken: list, texts: list[str], seed: int) -> dict:
+    """`talkers` conversations side by side until there were so many turns and so much sound. Memory of the server along the way, and with nobody there."""
     from tqdm import tqdm
-    rng, memory, seconds, done, ws = random.Random(seed), [], 0.0, 0, None
-    with tqdm(total=count, desc="memory", unit="turn") as bar:
-        while done < count:
-            if ws is None or rng.random() < 0.04:
-                if ws is not None:
-                    await ws.close()
-                ws = await websockets.connect(f"ws://{server.host}:{server.port}/v1/conversation", max_size=None)
-                await ws.send(json.dumps({"type": "start", "sample_rate": RATE}))
-            seconds += await hurried_turn(ws, rng, spoken, texts)
-            done += 1
-            bar.update()
-            if done % max(1, count // 20) == 0:
-                memory.append((done, await asyncio.to_thread(lambda: server.memory_mb)))
-    await ws.close()
-    return {"turns": done, "seconds_of_sound": seconds, "memory_mb": memory}
+    before = server.memory_mb
+    with tqdm(total=1.0, desc="memory", bar_format="{desc}: {percentage:3.0f}% [{elapsed}<{remaining}]") as bar:
+        replay = Replay(server, turns, seconds, bar)
+        await asyncio.gather(*(one_talker(replay, random.Random(seed * 1000 + n), spoken, texts) for n in range(talkers)))
+    await asyncio.sleep(3.0)                                     # the last conversations leave
+    return {"turns": replay.done, "talkers": talkers, "seconds_of_sound": replay.sound, "memory_mb": replay.memory, "memory_before_mb": before, "memory_after_mb": server.memory_mb,
+            "growth_mb_per_100_turns": growth(replay.memory), "places_taken_after": server.metric("serve_sessions")}
 
 
 async def hurried_turn(ws, rng, spoken: list, texts: list[str]) -> float:
@@ -290,6 +322,13 @@ async def hurried_turn(ws, rng, spoken: list, texts: list[str]) -> float:
             await ws.send(json.dumps({"type": "played", "ms": 1000 * event["duration_s"] + 1}))
         if event["type"] in ("reply_done", "interrupted", "error") or (event["type"] == "transcript" and not re.search("[A-Za-z0-9]", event["text"])):
             return heard / RATE
+
+
+def bench_memory(args, texts: list[str]) -> dict | None:
+    if not args.replay and not args.replay_hours:
+        return None
+    with Server(args, "--ahead_seconds", "1000", "--partial_seconds", "0", "--max_sessions", str(args.talkers)) as server:
+        return asyncio.run(many_turns(server, args.replay, 3600 * args.replay_hours, args.talkers, spoken_turns(args, 8), texts, args.seed))
 
 
 def growth(memory: list[tuple[int, float]]) -> float | None:
@@ -455,7 +494,9 @@ def add_flags(part) -> None:
     part.add_argument("--seconds", type=float, default=30.0, help="of every level of streams; default 30")
     part.add_argument("--talks", type=int, default=4, help="spoken turns of every conversation; 0: none; default 4")
     part.add_argument("--ends", type=int, default=60, help="turns of which the end is looked for; 0: none; default 60")
-    part.add_argument("--replay", type=int, default=600, help="turns after which memory is looked at; 0: none; default 600")
+    part.add_argument("--replay", type=int, default=600, help="turns over which memory is looked at; 0: none; default 600")
+    part.add_argument("--replay_hours", type=float, default=0.0, help="go on with them until so many hours of sound were heard and spoken; default 0")
+    part.add_argument("--talkers", type=int, default=8, help="conversations side by side in which they are; default 8")
     part.add_argument("--malformed", type=int, default=10_000, help="malformed requests and frames; 0: none; default 10000")
 
 
@@ -466,11 +507,7 @@ def bench_serve(args) -> tuple[dict, str]:
     result = {"endpointing": bench_endpointing(args) if args.ends else None}
     with Server(args, "--max_sessions", str(max(args.sessions))) as server:
         result |= {"streams": bench_streams(server, args, texts), "conversations": bench_conversations(server, args)}
-    if args.replay:
-        with Server(args, "--ahead_seconds", "1000", "--partial_seconds", "0") as server:
-            result["memory"] = asyncio.run(many_turns(server, args.replay, spoken_turns(args, 8), texts, args.seed))
-            time.sleep(3.0)                                      # the last conversation leaves
-            result["memory"] |= {"growth_mb_per_100_turns": growth(result["memory"]["memory_mb"]), "places_taken_after": server.metric("serve_sessions")}
+    result["memory"] = bench_memory(args, texts)
     result["malformed"] = bench_malformed(args) if args.malformed else None
     return result, serve_body(result)
 
@@ -492,8 +529,9 @@ def serve_body(result: dict) -> str:
                            [[name, str(e["turns"]), str(e["split_early"]), str(e["missed"]), two(e["wait_ms"])] for name, e in result["endpointing"].items()]))
     if result.get("memory"):
         m = result["memory"]
-        parts.append(f"{m['turns']} turns ({m['seconds_of_sound'] / 60:.0f} minutes of sound): memory {m['memory_mb'][0][1]:.0f} MB after the first twentieth, {m['memory_mb'][-1][1]:.0f} MB at the end; "
-                     f"growth over the second half {show(m['growth_mb_per_100_turns'])} MB per 100 turns.")
+        parts.append(f"{m['turns']} turns ({m['seconds_of_sound'] / 60:.0f} minutes of sound) in {m['talkers']} conversations side by side: memory {m['memory_mb'][len(m['memory_mb']) // 2][1]:.0f} MB half way, "
+                     f"{m['memory_mb'][-1][1]:.0f} MB at the end, growth over the second half {show(m['growth_mb_per_100_turns'])} MB per 100 turns; with nobody there {m['memory_before_mb']:.0f} MB before and "
+                     f"{m['memory_after_mb']:.0f} MB after.")
     if result["malformed"]:
         f = result["malformed"]
         parts.append(f"{f['requests']} malformed requests and {f['answers'].get('frames', {}).get('frames sent', 0)} WebSocket frames: {f['failed_inside']} failures inside the server, {f['hangs']} hangs, "

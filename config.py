@@ -404,6 +404,7 @@ class LiveConfig:
     history: int = 24                 # turns that a responder is shown
     user_sound: bool = True           # the model hears the user's voice, not the words alone
     user_seconds: float = 8.0         # the newest of it, at most
+    stream_sound: bool = True         # the voice is taken in while the user speaks, not after the turn (which is what happens where a turn exceeds user_seconds)
 
     def __post_init__(self):
         _require(min(self.ahead_seconds, self.user_seconds) > 0 <= self.partial_seconds, "times must be positive: change --ahead_seconds, --user_seconds or --partial_seconds")
@@ -463,7 +464,10 @@ class TrainConfig:
     eval_batches: int = 8
     save_every: int = 100
     save_minutes: float = 3.0         # also save when the last time was this long ago; 0: by steps alone
-    sample_every: int = -1            # audio sample; -1: only at the end
+    samples: int = 3                  # held-out lines that the model says, as sound and picture; 0: none
+    sample_every: int = 0             # steps between them; 0: with every validation; -1: only at the end
+    scored: int = 0                   # held-out conversations that the model holds and the scores of evaluation_framework.py judge; 0: none (some ten seconds each on a free CPU core)
+    score_every: int = 0              # steps between them; 0: with every validation; -1: only at the end
     log_every: int = 10
     minutes: float = 0.0              # the run lasts this long (schedule included), whatever max_steps says; 0: max_steps counts
     seed: int = 1234
@@ -474,6 +478,7 @@ class TrainConfig:
     def __post_init__(self):
         _require(self.wandb in ("online", "offline", "disabled"), f"wandb {self.wandb!r}: use --wandb online|offline|disabled")
         _require(self.precision in ("bf16", "fp32"), f"precision {self.precision!r}: use --precision bf16|fp32")
+        _require(min(self.samples, self.scored) >= 0, "samples and scored count lines and conversations: use --samples 0 or --scored 0 for none")
         _require(self.max_steps > 0 and self.accumulate > 0, "max_steps and accumulate must be positive: change --max_steps")
         _require(not self.lora or (self.lora_rank > 0 and self.lora_alpha > 0), "lora_rank and lora_alpha must be positive: change --lora_rank")
         _require(not self.carry_over or self.from_scratch, "carry_over fills a new model: add --from_scratch, or use --init_from for weights of the same codec and size")

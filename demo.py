@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -259,6 +260,18 @@ class Responder:
             return self._ask_language_model(history, me), None
         return self._retrieve(session, speaker, history)
 
+    def stream(self, session, speaker: int, history: list[tuple[str, str]], me: str):
+        """The same in pieces, of the text head as it writes them."""
+        if self.kind == "model":
+            return ((piece, None) for piece in session.reply_stream(speaker))
+        return iter([self.reply(session, speaker, history, me)])
+
+    def sentences(self, session, speaker: int, history: list[tuple[str, str]], me: str):
+        """(sentence, mood or None) of the text head's reply as soon as each is written; of the others a whole reply."""
+        from generation import sentences
+        pieces = self.stream(session, speaker, history, me)
+        return sentences(piece for piece, _ in pieces) if self.kind == "model" else pieces
+
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
         """The likeliest of the fitting written replies that were not said yet; a general one where nothing fits."""
         retriever, general = self._written()
@@ -366,6 +379,14 @@ class Lab:
         self._written: dict[int, tuple] = {}                               # recordings whose words were written down
         self.voices = [written_voice(audio) for audio in self.given_voices] or ([] if args.adapter else shipped_voices(ROOT / "pretrained" / "voices"))
 
+    @classmethod
+    def around(cls, model, codec, tokenizer, sampling, voices: list[dict]) -> Lab:
+        """A lab for a model that is there already, such as one in training; it knows no answers."""
+        lab = cls.__new__(cls)
+        lab.model, lab.codec, lab.tokenizer, lab.sampling, lab.voices = model, codec, tokenizer, sampling, voices
+        lab.num_codebooks, lab.responder, lab._written = None, None, {}
+        return lab
+
     @staticmethod
     def find_weights(given: str, adapter: str) -> Path:
         """--checkpoint, else what the adapter was trained on, else the default."""
@@ -386,17 +407,30 @@ class Lab:
         from generation import Session
         return Session(self.model, self.codec, self.tokenizer, self.sampling, num_codebooks=self.num_codebooks)
 
-    def speak(self, session, name: str, speaker: int, text: str, mood: str | None, on_chunk=None) -> Spoken:
-        """Say `text`, in pieces where it is long; every chunk also goes to `on_chunk`."""
+    def speak(self, session, name: str, speaker: int, text: str, mood: str | None) -> Spoken:
+        """Say `text`, in pieces where it is long."""
+        return self.speak_parts(session, name, speaker, [(text, None)], mood)
+
+    def speak_parts(self, session, name: str, speaker: int, parts, mood: str | None = None, on_part=None) -> Spoken:
+        """Say (text, mood) parts as they come, in pieces where they are long; `mood` goes before theirs. on_part gets the text of a part before, and its sound (N,) after it was said.
+
+        ValueError where nothing can be said.
+        """
         import numpy as np
         from generation import split_text
-        turns = []
-        for piece in speakable(split_text(text, PIECE)):
-            for chunk in session.speak(speaker, piece, mood):
-                if on_chunk:
-                    on_chunk(chunk)
-            turns.append(session.turns[-1])
-        return Spoken(name, text, np.concatenate([t.audio for t in turns]), turns[0].first_audio_ms,
+        turns, said = [], []
+        for text, found in parts:
+            said.append(text)
+            if on_part:
+                on_part(text, None)
+            count = len(turns)
+            for piece in speakable(split_text(text, PIECE)):
+                turns.append(session.say(speaker, piece, mood or found))
+            if on_part and len(turns) > count:
+                on_part(text, np.concatenate([t.audio for t in turns[count:]]))
+        if not turns:
+            raise ValueError("nothing of the answer can be spoken: try again, or change --responder")
+        return Spoken(name, " ".join(said), np.concatenate([t.audio for t in turns]), turns[0].first_audio_ms,
                       sum(t.total_ms for t in turns), all(t.ended for t in turns))
 
     def set_voice(self, session, speaker: int, planned=None) -> None:
@@ -420,13 +454,10 @@ class Lab:
             speaker, mood = names.index(turn.speaker), turn.mood
             if turn.voice is not None and turn.voice is not first[turn.speaker]:
                 self.set_voice(session, speaker, turn.voice)
-            text = turn.text
-            if text is None:
-                text, found = self.responder.reply(session, speaker, history, turn.speaker)
-                mood = mood or found
+            parts = [(turn.text, None)] if turn.text is not None else self.responder.sentences(session, speaker, history, turn.speaker)
             session.prepare(speaker)
-            spoken = self.speak(session, turn.speaker, speaker, text, mood)
-            history.append((turn.speaker, text))
+            spoken = self.speak_parts(session, turn.speaker, speaker, parts, mood)
+            history.append((turn.speaker, spoken.text))
             yield spoken
 
 
@@ -530,6 +561,39 @@ def check_output(folder: Path) -> None:
 
 # ----------------------------------------------------------------------------- interactive
 
+class Printing:
+    """Shows the parts of an answer as they come."""
+
+    def part(self, text: str, audio) -> None:
+        if audio is None:
+            print(f" {text}", end="", flush=True)
+
+    def close(self) -> None:
+        print(flush=True)
+
+
+class Playing(Printing):
+    """Plays them too, each while the next is being made."""
+
+    def __init__(self, sample_rate: int):
+        self.sample_rate, self.until = sample_rate, 0.0
+
+    def part(self, text: str, audio) -> None:
+        super().part(text, audio)
+        if audio is not None:
+            from audio_io import play
+            self._wait()
+            play(audio, self.sample_rate, wait=False)
+            self.until = time.monotonic() + len(audio) / self.sample_rate
+
+    def _wait(self) -> None:
+        time.sleep(max(0.0, self.until - time.monotonic()))
+
+    def close(self) -> None:
+        self._wait()
+        super().close()
+
+
 class Chat:
     """The typed conversation: the user is speaker 0, the model answers as speaker 1."""
 
@@ -545,19 +609,17 @@ class Chat:
         self.session.prepare()
 
     def answer(self, line: str) -> None:
-        from audio_io import SAMPLE_RATE, play, write_audio
+        from audio_io import SAMPLE_RATE, write_audio
         from watermark import AI_TAGS
         check_text(line)
         self.session.add_turn(0, line)
         self.history.append(("you", line))
-        text, mood = self.lab.responder.reply(self.session, 1, self.history, "model")
-        print(f"model: {text}", flush=True)
-        spoken = self.lab.speak(self.session, "model", 1, text, mood)
-        self.history.append(("model", text))
+        print("model:", end="", flush=True)
+        with contextlib.closing(Playing(SAMPLE_RATE) if self.sound else Printing()) as out:
+            spoken = self.lab.speak_parts(self.session, "model", 1, self.lab.responder.sentences(self.session, 1, self.history, "model"), on_part=out.part)
+        self.history.append(("model", spoken.text))
         self.spoken.append(spoken)
-        if self.sound:
-            play(spoken.audio, SAMPLE_RATE)
-        else:
+        if not self.sound:
             self.count += 1
             path = self.output / f"turn_{self.count:02d}.wav"
             write_audio(path, spoken.audio, SAMPLE_RATE, AI_TAGS)

@@ -167,12 +167,15 @@ class Endpointer:
     def _sample(self, step: int) -> int:
         return step * STEP * self.rate // VAD_RATE
 
-    def audio(self) -> np.ndarray:
-        """The utterance so far (n,) float32 at the input's rate, with some sound before and up to pause_ms after it; empty while nobody speaks."""
+    def audio(self, skip: int = 0) -> np.ndarray:
+        """The utterance so far (n,) float32 at the input's rate, with some sound before and up to pause_ms after it; empty while nobody speaks.
+
+        It only grows, up to what the `end` has: skip: samples that are known.
+        """
         if not self.speaking:
             return np.zeros(0, np.float32)
         after = min(self._steps, self._last + int(self.cfg.pause_ms / STEP_MS))
-        return self._sound.cut(self._sample(self._first) - self._lead, self._sample(after))
+        return self._sound.cut(max(self._sound.first, self._sample(self._first) - self._lead) + skip, self._sample(after))
 
     @property
     def kept_seconds(self) -> float:
@@ -197,5 +200,9 @@ class _Tail:
             self.first += len(self.pieces.pop(0))
 
     def cut(self, begin: int, end: int) -> np.ndarray:
-        whole = np.concatenate(self.pieces or [np.zeros(0, np.float32)])
-        return whole[max(0, begin - self.first):max(0, end - self.first)].copy()
+        at, found = self.first, [np.zeros(0, np.float32)]
+        for piece in self.pieces:
+            if at < end and at + len(piece) > begin:
+                found.append(piece[max(0, begin - at):end - at])
+            at += len(piece)
+        return np.concatenate(found)

@@ -31,7 +31,7 @@ def build_parser() -> config.Parser:
         part.add_argument("--cache", default="outputs/cache/evaluation", help="what was listened to and made; default outputs/cache/evaluation")
         if name in COUNTS:
             part.add_argument("--count", type=int, default=COUNTS[name], help=f"conversations; 0: all; default {COUNTS[name]}")
-            part.add_argument("--jobs", type=int, default=0, help="processes that listen; 0: one per core (default)")
+            part.add_argument("--jobs", type=int, default=0, help="processes that listen (run: and speak, on a CPU); 0: one per core (default)")
         if name in ("validate", "fit"):
             part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py; default data/synthetic")
         part.add_argument("--output", default=f"outputs/evaluation/{name}" if name != "fit" else "assets/evaluation.json", help="folder, or the file that fit writes")
@@ -47,8 +47,8 @@ def build_parser() -> config.Parser:
             part.add_argument("--device", default="cpu", help="auto|cpu|cuda|mps; default cpu")
             config.add_flags(part, config.SamplingConfig, skip=("seed",))
         if name == "run":
-            part.add_argument("--conversations", default="data/synthetic", help="a JSON file of demo.py's batch mode, or a folder of collect_data.py; default data/synthetic")
-            part.add_argument("--split", default="test", choices=("test", "validation", "train"), help="of such a folder; default test")
+            part.add_argument("--conversations", default="data/synthetic", help="a JSON file of demo.py's batch mode, or a folder of collect_data.py (several with commas between); default data/synthetic")
+            part.add_argument("--split", default="test", help="of such a folder: test, validation, train, or several with commas between; default test")
             part.add_argument("--beside", type=int, default=30, help="of these, conversations that stand beside the model's as natural speech, codec and source TTS; 0: all; default 30")
             part.add_argument("--again", type=int, default=5, help="conversations that a second ASR hears as well; default 5")
             part.add_argument("--hear", type=int, default=5, help="conversations whose sound stands on the page; default 5")

@@ -22,6 +22,7 @@ import conversation_metrics as metrics
 import demo
 import validity
 from corruptions import retimed
+from dataset_pipeline import data_folders
 from dialogue import RATE, Dialogue, Turn, fingerprint
 
 CONDITIONS = ("natural", "codec", "source", "model")
@@ -56,27 +57,48 @@ def plan_natural(talk: Dialogue) -> tuple[demo.Conversation, Dialogue] | None:
 
 def read_plans(args) -> tuple[list[demo.Conversation], list[Dialogue] | None]:
     """What --conversations names: a JSON file as demo.py's batch mode takes it, or a data folder, whose natural conversations come along."""
-    path = Path(args.conversations)
-    if not path.exists():
-        raise ValueError(f"there is no {path}: give --conversations a JSON file (examples/conversations.json) or a folder of collect_data.py")
-    if path.is_file():
-        found, warnings = demo.read_conversations(path)
+    if Path(args.conversations).is_file():
+        found, warnings = demo.read_conversations(Path(args.conversations))
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return (found[:args.count] if args.count else found), None
-    pairs = [pair for pair in map(plan_natural, validity.natural_talks(path, args.split, 0, args.seed)) if pair]
+    pairs = [pair for pair in map(plan_natural, natural_of(args.conversations, args.split, args.seed)) if pair]
     pairs = pairs[:args.count] if args.count else pairs
     if not pairs:
-        raise ValueError(f"no conversation of the {args.split} split of {path} has an opening and two turns after it: collect more")
+        raise ValueError(f"no conversation of the {args.split} split of {args.conversations} has an opening and two turns after it: collect more")
     return [c for c, _ in pairs], [rest for _, rest in pairs]
+
+
+def natural_of(data: str, split: str, seed: int) -> list[Dialogue]:
+    """Conversations of several turns of all folders and splits (both with commas between), one place after the other. ValueError for one that is not there."""
+    folders, splits = data_folders(data), [part.strip() for part in split.split(",")]
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise ValueError(f"there is no {missing[0]}: give --conversations a JSON file (examples/conversations.json) or folders of collect_data.py")
+    if unknown := set(splits) - {"train", "validation", "test"}:
+        raise ValueError(f"--split {sorted(unknown)[0]}: use test, validation or train, several with commas between")
+    found = []
+    for folder in folders:
+        for part in splits:
+            found += [named_apart(talk, folder) if len(folders) > 1 else talk for talk in validity.natural_talks(folder, part, 0, seed)]
+    return found
+
+
+def named_apart(talk: Dialogue, folder) -> Dialogue:
+    """Each collection counts its conversations and speakers from 0."""
+    place = Path(folder).name
+    return Dialogue(f"{place}-{talk.id}", tuple(replace(turn, speaker=f"{place}-{turn.speaker}") for turn in talk.turns))
 
 
 # ----------------------------------------------------------------------------- keeping what was made
 
+def made_file(folder, key: str) -> Path:
+    return Path(folder) / f"made-{key}.npz"
+
+
 def kept(folder, key: str, make) -> tuple[list[np.ndarray], list]:
     """Sounds [(N,), ...] and a JSON value of make(), kept in folder/made-<key>.npz as 16-bit samples."""
     import runtime
-    path = Path(folder) / f"made-{key}.npz"
+    path = made_file(folder, key)
     try:
         with np.load(path, allow_pickle=False) as file:
             sounds = [file[f"s{i}"].astype(np.float32) / 32767 for i in range(len(file.files) - 1)]
@@ -120,8 +142,7 @@ class Speaker:
         import torch
         lab = self.lab                                                         # weights loaded inside inference mode would be inference tensors
         with torch.inference_mode():
-            spoken = list(lab.converse(plan))
-        return [s.audio for s in spoken], [{"speaker": s.speaker, "text": s.text, "ended": s.ended, "first_audio_ms": s.first_audio_ms, "total_ms": s.total_ms} for s in spoken]
+            return spoken_by(lab, plan)
 
     def through_codec(self, sounds: list[np.ndarray]) -> list[np.ndarray]:
         """Sounds with only what the model's codebooks hold of them."""
@@ -138,16 +159,53 @@ class Speaker:
 
 # ----------------------------------------------------------------------------- the conditions
 
-def model_talk(speaker: Speaker, plan: demo.Conversation, folder) -> Dialogue:
-    """What the model says; an answer begins when the turn before it is over and the time to its first sound has passed."""
-    key = validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
-    sounds, facts = kept(folder, key, lambda: speaker.converse(plan))
+def spoken_by(lab: demo.Lab, plan: demo.Conversation) -> tuple[list[np.ndarray], list[dict]]:
+    """The turns' sounds and their facts, in a new session."""
+    spoken = list(lab.converse(plan))
+    return [s.audio for s in spoken], [{"speaker": s.speaker, "text": s.text, "ended": s.ended, "first_audio_ms": s.first_audio_ms, "total_ms": s.total_ms} for s in spoken]
+
+
+def spoken_talk(plan: demo.Conversation, sounds: list[np.ndarray], facts: list[dict]) -> Dialogue:
+    """An answer begins when the turn before it is over and the time to its first sound has passed."""
     turns, clock = [], 0.0
     for planned, sound, fact in zip(plan.turns, sounds, facts):
         start = clock + (fact["first_audio_ms"] or 0.0) / 1000 if turns else 0.0
         turns.append(Turn(fact["speaker"], fact["text"], sound, start, planned.mood, fact))
         clock = start + len(sound) / RATE
     return Dialogue(plan.id, tuple(turns))
+
+
+def model_talk(speaker: Speaker, plan: demo.Conversation, folder) -> Dialogue:
+    """What the model says (see spoken_talk), kept in the folder."""
+    return spoken_talk(plan, *kept(folder, model_key(speaker, plan), lambda: speaker.converse(plan)))
+
+
+def model_key(speaker: Speaker, plan: demo.Conversation) -> str:
+    return validity.digest("model", speaker.settings(), [(t.speaker, t.text, t.mood, None if t.voice is None else fingerprint(t.voice)) for t in plan.turns])
+
+
+def model_talks(args, speaker: Speaker, plans: list, folder) -> list[Dialogue]:
+    """model_talk of every plan, with a bar. What is not kept yet is spoken by args.jobs processes of one thread each, where a CPU speaks."""
+    from tqdm import tqdm
+    with tqdm(total=len(plans), desc="speaking", unit="conversation", file=sys.stderr) as bar:
+        missing = [plan for plan in plans if not made_file(folder, model_key(speaker, plan)).exists()]
+        bar.update(len(plans) - len(missing))
+        alone = args.jobs < 2 or len(missing) < 2 or str(args.device) != "cpu"
+        done = map(lambda plan: model_talk(speaker, plan, folder), missing) if alone else validity.spread(_speak_here, [(args, plan, folder) for plan in missing], args.jobs)
+        for _ in done:
+            bar.update()
+    return [model_talk(speaker, plan, folder) for plan in plans]
+
+
+_HERE: dict = {}                # a process that speaks keeps its model
+
+
+def _speak_here(job: tuple) -> None:
+    """In a process of its own: (args, plan, folder) -> the file that model_talk keeps."""
+    args, plan, folder = job
+    if "speaker" not in _HERE:
+        _HERE["speaker"] = Speaker(args)
+    model_talk(_HERE["speaker"], plan, folder)
 
 
 def codec_talk(speaker: Speaker, talk: Dialogue, folder) -> Dialogue:
@@ -157,12 +215,15 @@ def codec_talk(speaker: Speaker, talk: Dialogue, folder) -> Dialogue:
 
 
 def characters_of(data) -> dict:
-    """Id -> synthetic Character of a synthetic collection; {} for other data."""
+    """Speaker -> synthetic Character of synthetic collections; {} for other data."""
     import synthetic_conversations as synthetic
+    folders, found = data_folders(data), {}
     try:
-        lines = (Path(data) / "index.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return {c["id"]: synthetic.Character(**c) for row in rows for c in row.get("characters", ())}
+        for folder in folders:
+            lines = (Path(folder) / "index.jsonl").read_text(encoding="utf-8").splitlines()
+            rows, place = [json.loads(line) for line in lines if line.strip()], f"{Path(folder).name}-" * (len(folders) > 1)
+            found |= {place + c["id"]: synthetic.Character(**c) for row in rows for c in row.get("characters", ())}
+        return found
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -191,11 +252,32 @@ def end_faults(talk: Dialogue, measured: list[dict]) -> list[dict]:
     return found
 
 
-def second_ears(talk: Dialogue) -> list[tuple[str, str]]:
-    """(text, what PocketSphinx hears) of the turns; [] where it is not installed."""
+def second_ears(talks: list[Dialogue], how: validity.Listening) -> list[tuple[str, str]]:
+    """(text, what PocketSphinx hears) of the turns, kept in the folder; [] where it is not installed."""
+    from tqdm import tqdm
     if importlib.util.find_spec("pocketsphinx") is None:
         return []
-    return [(t.text, metrics.transcribe_again(t.audio)) for t in talk.turns]
+    turns = [turn for talk in talks for turn in talk.turns]
+    jobs = [(turn.audio, how.folder) for turn in turns]
+    missing = [job for job in jobs if not _again_file(job).exists()]
+    for _ in tqdm(validity.spread(_hear_again, missing, how.jobs), desc="a second ASR", unit="turn", initial=len(jobs) - len(missing), total=len(jobs), disable=not missing, file=sys.stderr):
+        pass
+    return [(turn.text, _hear_again(job)) for turn, job in zip(turns, jobs)]
+
+
+def _again_file(job: tuple) -> Path:
+    return Path(job[1]) / f"again-{validity.digest(fingerprint(job[0]))}.json"
+
+
+def _hear_again(job: tuple) -> str:
+    """(audio, folder) -> what PocketSphinx hears, from the folder or heard now."""
+    import runtime
+    try:
+        return json.loads(_again_file(job).read_text(encoding="utf-8"))["heard"]
+    except (OSError, ValueError, KeyError):                                    # not there, or torn
+        heard = metrics.transcribe_again(job[0])
+        runtime.write_json(_again_file(job), {"heard": heard})
+        return heard
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -209,7 +291,7 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     wanted = [c for c in conditions if natural is not None or c in ("model", "source")]
     talks: dict[str, list] = {}
     if "model" in wanted:
-        talks["model"] = [model_talk(speaker, plan, how.folder) for plan in tqdm(plans, desc="speaking", unit="conversation", file=sys.stderr)]
+        talks["model"] = model_talks(args, speaker, plans, how.folder)
     natural = None if natural is None else natural[:args.beside or None]
     known = natural if natural is not None else talks["model"][:args.beside or None]
     characters = characters_of(args.conversations) if natural is not None else {}
@@ -220,20 +302,21 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     if "codec" in wanted:
         talks["codec"] = [codec_talk(speaker, talk, how.folder) for talk in tqdm(natural, desc="codec", unit="conversation", file=sys.stderr)]
     talks = {c: talks[c] for c in CONDITIONS if c in talks}
-    scored = {c: _condition(part, how, models, args.again) for c, part in talks.items()}
+    heard = iter(validity.measure([talk for part in talks.values() for talk in part], how)[None])               # all at once: one bar, and processes start once
+    again = iter(second_ears([talk for part in talks.values() for talk in part[:args.again]], how))
+    checked = {c: [pair for talk in part[:args.again] for _, pair in zip(talk.turns, again)] for c, part in talks.items()}
+    scored = {c: _condition(part, [rows for _, rows in (next(heard) for _ in part)], models, checked[c]) for c, part in talks.items()}
     result = {"conversations": len(plans), "turns": sum(len(p.turns) for p in plans), "weights": speaker.name(), "beside": len(known), "conditions": {c: s[0] for c, s in scored.items()},
               "per_conversation": {c: s[1] for c, s in scored.items()}}
     return result, talks
 
 
-def _condition(talks: list, how: validity.Listening, models: dict, again: int) -> tuple[dict, list]:
-    """One condition: summary over conversations, and one row per conversation."""
+def _condition(talks: list, measured: list[list[dict]], models: dict, checked: list[tuple]) -> tuple[dict, list]:
+    """One condition, its turns measured and some (text, heard) by a second ASR: summary over conversations, and one row per conversation."""
     import judges
-    measured = [rows for _, rows in validity.measure(talks, how)[None]]
     rows = [metrics.score(talk, part, models) for talk, part in zip(talks, measured)]
     faults = [f for talk, part in zip(talks, measured) for f in end_faults(talk, part)]
     pairs = [(t.text, m["heard"]) for talk, part in zip(talks, measured) for t, m in zip(talk.turns, part)]
-    checked = [pair for talk in talks[:again] for pair in second_ears(talk)]
     offsets = [o for talk, part in zip(talks, measured) for o in metrics.turn_taking.floor_transfers(metrics.speech_spans(talk, part))]
     waits = [t.facts["first_audio_ms"] for talk in talks for t in talk.turns if t.facts.get("first_audio_ms") is not None]
     known = [f["runaway"] for f in faults if f["runaway"] is not None]

@@ -36,11 +36,14 @@ from turns import (  # noqa: F401  (what others know under this module's name)
     END_FRAMES, END_GUARD, LEAD_FRAMES, LEAD_REST, QUIET_AT_END, QUIET_FRAMES, REPEAT_FRAMES, SECONDS_PER_BYTE, SECONDS_TO_SPARE, STALL_FRAMES,
     Finger, Guard, Lead, Speaking, Turn, audio_rows, begin_turn, cut_rows, device_of, frame_limits, guided, join, lead_of, prefill, text_rows, turn_rows)
 from word_model import WordModel, search
+from writing import Earlier, Luck, TextStep, choose, only_text, write
 
-PROMPT_SECONDS = 10.0     # a voice prompt is cut to this
-BYTES_PER_SECOND = 25     # no transcript is longer than this allows
-REPLY_TOKENS = 160        # nor a reply than this
-SPEAKABLE = b"abcdefghijklmnopqrstuvwxyz.,?!'- "
+PROMPT_SECONDS = 10.0      # a voice prompt is cut to this
+BYTES_PER_SECOND = 25      # no transcript is longer than this allows
+REPLY_TOKENS = 160         # nor a reply than this
+REPLY_CHARACTERS = 1200    # of a reply that is cut into sentences
+SHORTEST = 12              # characters of a first sentence, so that it is no mere "Oh."
+SENTENCE_END = re.compile(r"[.?!]+[\"')\]]*\s+(?=\S)")
 
 
 # ----------------------------------------------------------------------------- the codebooks a model uses
@@ -198,33 +201,26 @@ def written_words() -> WordModel:
 
 @torch.inference_mode()
 def generate_text(model: CSM, tokenizer, state, ids: list[int], number: int, most: int, temperature: float, generator=None) -> list[int]:
-    """Go on with a text run that starts with `ids`: up to `most` more token ids, without the closing EOT."""
-    first, out = 0, []
+    """Go on with a text run that starts with `ids`: up to `most` more token ids, without the closing EOT. The oracle of writing.write; uses the state up."""
+    first, out, luck = 0, [], Luck(model.cfg.text_vocab, generator, device_of(model))
     while True:
-        hidden = model(_run_on(ids, model.cfg, number, first, device_of(model)), state=state)[0, -1:]  # (1, D)
+        rows = text_rows(ids, model.cfg, number, device=device_of(model))
+        rows.text_index += first
+        hidden = model(rows, state=state)[0, -1:]  # (1, D)
         first += len(ids)
         if len(out) >= most:
             return out
-        logits = _only_text(model.text_logits(hidden), tokenizer, may_end=bool(out))
-        token = int(sample(logits, temperature, logits.shape[-1], generator))
+        token = choose(only_text(model.text_logits(hidden), tokenizer, may_end=bool(out)), temperature, luck, len(out))[0]
         if token == tokenizer.eot:
             return out
         out.append(token)
         ids = [token]
 
 
-def _run_on(ids: list[int], cfg: ModelConfig, number: int, first: int, device) -> FrameBatch:
-    rows = text_rows(ids, cfg, number, device=device)
-    rows.text_index += first
-    return rows
-
-
-def _only_text(logits: Tensor, tokenizer, may_end: bool) -> Tensor:
-    """Shut out what no normalised text holds: special tokens, other bytes; the end too unless `may_end`."""
-    open_ = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    open_[list(SPEAKABLE) if tokenizer.name == "bytes" else slice(0, tokenizer.pad)] = True
-    open_[tokenizer.eot] = may_end
-    return logits.masked_fill(~open_, -math.inf)
+def stream_text(model: CSM, tokenizer, state, ids: list[int], number: int, most: int, temperature: float, generator=None, drafts=None) -> Iterator[int]:
+    """generate_text, token by token as it is written and without a trace in the state; drafts: see writing.write."""
+    most = min(most, state.limit - state.length - len(ids))
+    return write(TextStep(model, state, number, len(ids) + most), tokenizer, ids, most, temperature, generator, drafts)
 
 
 @torch.inference_mode()
@@ -234,6 +230,30 @@ def score_text(model: CSM, tokenizer, state, prefix: list[int], text: str, numbe
     hidden = model(text_rows(prefix + ids, model.cfg, number, device=device_of(model)), state=state)[0]  # (S, D)
     logits = model.text_logits(hidden[len(prefix) - 1:-1]).float()
     return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids, device=logits.device)[:, None]).mean())
+
+
+def sentences(words, longest: int = 240) -> Iterator[tuple[str, str | None]]:
+    """Pieces of text -> (sentence, mood) as soon as each is complete, none longer than `longest`; at most REPLY_CHARACTERS in all.
+
+    mood: that of the piece it ends in, where pieces have one (responders.Words).
+    """
+    text, total, mood = "", 0, None
+    for piece in words:
+        mood = getattr(piece, "mood", None)
+        piece = piece[:REPLY_CHARACTERS - total]
+        total += len(piece)
+        text += piece
+        while cut := sentence_end(text):
+            yield from ((part, mood) for part in split_text(text[:cut], longest))
+            text = text[cut:]
+        if total >= REPLY_CHARACTERS:
+            break
+    yield from ((part, mood) for part in split_text(text, longest))
+
+
+def sentence_end(text: str) -> int:
+    """Where the second sentence of a text begins, the first having at least SHORTEST characters; 0 where it has not begun."""
+    return next((m.end() for m in SENTENCE_END.finditer(text) if m.end() >= SHORTEST), 0)
 
 
 def split_text(text: str, limit: int) -> list[str]:
@@ -252,6 +272,15 @@ def _pack(parts: list[str], limit: int) -> list[str]:
         else:
             packed.append(part)
     return packed
+
+
+def has_letter(text: str) -> bool:
+    return any(c.isascii() and c.isalpha() for c in text)
+
+
+def settled(text: str) -> str:
+    """What of a decoded text will not change as it goes on: a last "I" may become another word, a last character may be half there."""
+    return re.sub(r"(?<![.?!]\s)\bI$", "", text.rstrip("\ufffd"))
 
 
 # ----------------------------------------------------------------------------- a conversation
@@ -275,7 +304,9 @@ class Session:
         self._opener: int | None = None             # who speaks first after the voices
         self._said: tuple | None = None             # the newest spoken turn and the state before it; None: that state is gone
         self._stream = None                         # weak reference to the generator that speaks it
-        self.write = generate_text                  # or a speculative.TextLookup
+        self.write = stream_text                    # or a speculative.TextLookup
+        self._rehearsed: list[int] = []             # a reply as it would have been before the user's turn was over
+        self._reply_seed: int | None = None         # of the next reply's random numbers, once somebody has asked
 
     # ---- what is known
 
@@ -516,14 +547,45 @@ class Session:
 
     def reply_text(self, speaker: int, mood: str | None = None, tries: int = 4) -> str:
         """What `speaker` would say now, by the text head. ValueError where nothing speakable comes out."""
+        return "".join(self.reply_stream(speaker, mood, tries))
+
+    def reply_stream(self, speaker: int, mood: str | None = None, tries: int = 4) -> Iterator[str]:
+        """reply_text in pieces, each as soon as it is certain. The session may go on with other things between them: the text is of the moment of the first piece."""
         self.prepare()
         for _ in range(tries):
-            ids = self.write(self.model, self.tokenizer, copy.copy(self._state), self.tokenizer.speak_prefix(speaker, mood),
-                             self._number, REPLY_TOKENS, self.sampling.text_temperature, self.generator)
+            ids, sent, guess = [], "", Earlier(self._rehearsed)
+            generator = torch.Generator(self.generator.device).manual_seed(self._seed_of_reply())
+            self._rehearsed, self._reply_seed = [], None
+            for token in self.write(self.model, self.tokenizer, self._state, self.tokenizer.speak_prefix(speaker, mood), self._number, REPLY_TOKENS,
+                                    self.sampling.text_temperature, generator, guess):
+                ids.append(token)
+                text = settled(self.tokenizer.decode(ids))
+                if len(text) > len(sent) and (sent or has_letter(text)):
+                    yield text[len(sent):]
+                    sent = text
             text = self.tokenizer.decode(ids)
-            if any(c.isascii() and c.isalpha() for c in text):
-                return text
+            if has_letter(text):
+                if len(text) > len(sent):
+                    yield text[len(sent):]
+                return
         raise ValueError("the text head gave nothing speakable: use --responder retrieval, or a model that has learned to reply")
+
+    def _seed_of_reply(self) -> int:
+        """Of the reply that comes next, in a rehearsal and then in earnest."""
+        if self._reply_seed is None:
+            self._reply_seed = int(torch.randint(2 ** 62, (1,), generator=self.generator, device=self.generator.device))
+        return self._reply_seed
+
+    def rehearse(self, state, number: int, speaker: int) -> Iterator[None]:
+        """Write the first sentence that `speaker` would say after `state` as turn `number`, token by token: the guess from which the reply is then written quickly."""
+        generator, ids = torch.Generator(self.generator.device).manual_seed(self._seed_of_reply()), []
+        for token in stream_text(self.model, self.tokenizer, state, self.tokenizer.speak_prefix(speaker), number, REPLY_TOKENS,
+                                 self.sampling.text_temperature, generator, Earlier(self._rehearsed)):
+            ids.append(token)
+            yield
+            if sentence_end(self.tokenizer.decode(ids)):
+                break
+        self._rehearsed = ids
 
     def score_texts(self, speaker: int, texts: list[str], mood: str | None = None) -> list[float]:
         """Mean log-likelihood per token of each text as the next turn."""
@@ -546,14 +608,20 @@ class Session:
         self.model(cut_rows(listened, 0, -2), state=state)                    # all but the empty transcript
         return self.written(state, codes.shape[1], 0)
 
-    def written(self, state, frames: int, number: int) -> str:
-        """The transcript by the text head of a turn of `frames` frames that the state ends with; "" for nothing. The state is used up."""
+    def written(self, state, frames: int, number: int, drafts=None) -> str:
+        """The transcript by the text head of a turn of `frames` frames that the state ends with; "" for nothing. drafts: see writing.write."""
+        return self.as_transcript(self.transcript_tokens(state, frames, number, drafts))
+
+    def transcript_tokens(self, state, frames: int, number: int, drafts=None) -> Iterator[int]:
+        """The same as token ids, one by one."""
         if self.model.text_head is None:
-            return ""
-        most = min(math.ceil(BYTES_PER_SECOND * frames / self.model.cfg.frame_rate), state.limit - state.length - 1)
-        ids = generate_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], number, most, 0.0)
+            return iter(())
+        most = math.ceil(BYTES_PER_SECOND * frames / self.model.cfg.frame_rate)
+        return stream_text(self.model, self.tokenizer, state, [self.tokenizer.transcript], number, most, 0.0, None, drafts)
+
+    def as_transcript(self, ids) -> str:
         try:
-            return normalise(self.tokenizer.decode(ids))
+            return normalise(self.tokenizer.decode(list(ids)))
         except ValueError:
             return ""
 

@@ -30,6 +30,7 @@ from config import codec_columns
 from frame_step import FrameStep
 from text_tokenizer import normalise
 from turns import Turn, audio_rows, cut_rows, device_of, join, prefill, text_rows, turn_rows
+from writing import Earlier
 
 RESERVE_SECONDS = 10.0    # room for so much more sound is made at a time
 WORDS = 64, 2             # positions kept for the transcript: so many, and so many per frame (25 letters a second)
@@ -51,6 +52,8 @@ class Listener:
         self.audio: list[np.ndarray] = []
         self._rest, self._encoder = np.zeros(0, dtype=np.float32), None
         self._before = self._state = None
+        self._words: list[int] = []                         # tokens of the newest transcript by the text head
+        self._caught = 0, ""                                # frames that the newest transcript by the ear is of, and the transcript
         self._step = FrameStep(model)
 
     @property
@@ -66,7 +69,7 @@ class Listener:
             _exhaust(self.take(codes))
 
     def finish(self, text: str | None = None) -> Turn:
-        """The turn is over. text: what was said; None: the model's text head writes it down. ValueError where nothing was heard, or for text that cannot be read."""
+        """The turn is over. text: what was said; None: the model writes it down, by its ear, or by its text head after what it has heard of the conversation. ValueError where nothing was heard, or for text that cannot be read."""
         codes = self.rest()
         if codes is not None:
             _exhaust(self.take(codes))
@@ -81,9 +84,38 @@ class Listener:
     @torch.inference_mode()
     def partial(self) -> str:
         """What the model makes of what was heard so far; nothing is taken into the state."""
-        if self.codes and self.session.model.ear is not None:
-            return self.session.transcribe(torch.cat(self.codes, 1), self.speaker)
-        return "" if not self.codes or self._state is None else self.session.written(self._ended(copy.copy(self._state)), self.num_frames, self._number)
+        return "" if not self.codes or self._state is None else self._transcript()
+
+    def _transcript(self) -> str:
+        """By the ear; by the text head, after what was said before, where there is none."""
+        session = self.session
+        if session.model.ear is None:
+            return session.written(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words))
+        if self._caught[0] != self.num_frames:
+            self._caught = self.num_frames, session.transcribe(torch.cat(self.codes, 1), self.speaker)
+        return self._caught[1]
+
+    def rehearse(self, speaker: int) -> Iterator[None]:
+        """In time that is left while the turn is being said, token by token: write down what was heard so far, and the first sentence that `speaker`
+        would say to it. Nothing is taken into the state; the transcript and the reply proper are written more quickly after it, and are the same.
+        """
+        if not self.codes or self._state is None or self.session.model.text_head is None:
+            return
+        session = self.session
+        if session.model.ear is None:
+            words = []
+            for token in session.transcript_tokens(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words)):
+                words.append(token)
+                yield
+            self._words = words
+        yield
+        text = self._transcript() if session.model.ear is not None else session.as_transcript(self._words)
+        state, rows = copy.copy(self._state), self._closing_rows(self.heard(text))
+        if state is None or state.length + rows.S + len(self.prefix) >= state.limit:
+            return
+        with torch.inference_mode():
+            session.model(rows, state=state)
+        yield from session.rehearse(state, self._number + 1, speaker)
 
     # ---- in steps
 
@@ -151,9 +183,8 @@ class Listener:
         if not self.codes:
             raise ValueError("nothing was heard: feed sound before the turn ends")
         session = self.session
-        turn = self.heard(session.transcribe(torch.cat(self.codes, 1), self.speaker) if text is None else text)
-        rows = turn_rows(turn, session.model.cfg, session.tokenizer, self._number, device_of(session.model))
-        rows = cut_rows(rows, len(self.prefix) + self.num_frames, rows.S)
+        turn = self.heard(self._transcript() if text is None else text)
+        rows = self._closing_rows(turn)
         if self._state.length + rows.S > self._state.limit:
             yield from self._again(turn.text)
         yield from prefill(session.model, rows, self._state, self.piece)
@@ -161,9 +192,15 @@ class Listener:
         session._end_turn(session._state)
         session._keep(turn)
 
+    def _closing_rows(self, turn: Turn):
+        """What comes after the turn's frames: the end frame and the transcript."""
+        rows = turn_rows(turn, self.session.model.cfg, self.session.tokenizer, self._number, device_of(self.session.model))
+        return cut_rows(rows, len(self.prefix) + turn.num_frames, rows.S)
+
     def _rows(self, codes: Tensor):
         return audio_rows(codes.long() + self.session.model.cfg.code_offset, self.session.model.cfg, self._number)
 
+    @torch.inference_mode()
     def _ended(self, state):
         cfg = self.session.model.cfg
         self.session.model(audio_rows(torch.zeros(cfg.num_codebooks, 1, dtype=torch.long, device=device_of(self.session.model)), cfg, self._number), state=state)

@@ -5,6 +5,10 @@
     live.type("hello")            # or a typed turn
     live.close()
 
+What the user says is heard while it is said (batching.Hearing): encoded and taken into the session, so that at the end of the turn only its last
+frames and the words are left to do. While the session speaks or is cut, the sound waits and is caught up with. With cfg.stream_sound off it is
+heard when the turn is over, which gives the same session.
+
 `emit(event, pcm)` gets the events of the protocol (dicts; `pcm` belongs to "audio") from two threads: the one that calls
 `hear`, and the conversation's own, in which turns are written down, answered and spoken. emit may wait, which holds the
 speaker back; it raises Closed where nobody listens any more.
@@ -28,10 +32,10 @@ from typing import Callable, Iterator
 import numpy as np
 
 from audio_io import SAMPLE_RATE
-from batching import BatchingEngine, EngineFull
+from batching import BatchingEngine, EngineFull, Hearing
 from config import EndpointConfig, LiveConfig
 from endpointing import Endpointer, sounds_finished
-from generation import Session, split_text
+from generation import Session, sentences as sentences
 from listening import heard_part, listen
 from speech_formats import to_pcm
 from turns import Turn
@@ -42,11 +46,9 @@ WAITING = 3                                # turns and orders that may wait for 
 MIN_HEARD = 3                              # frames of an interrupted sentence, below which none of it counts as heard
 LETTERS_PER_SECOND = 14.0                  # for the first estimate of what was heard, before the sentence's own readings are known
 TAIL_SECONDS = 0.3                         # a reply may be interrupted for so long after it has played: buffers of the listener
+REPORT_SECONDS = 0.25                      # so long a reply that was interrupted waits to be told what was played of it, before the next turn is heard
 DRAFT_SHARE = 5                            # times as long as a transcript takes lie between two drafts of a turn
 SLACK = 0.02                               # seconds that a piece may be late before it counts as an underrun
-REPLY_CHARACTERS = 1200
-SHORTEST = 12                              # characters of a first sentence, so that it is no mere "Oh."
-SENTENCE_END = re.compile(r"[.?!]+[\"')\]]*\s+(?=\S)")
 
 
 class Closed(Exception):
@@ -95,23 +97,14 @@ class Ears:
 
 # ----------------------------------------------------------------------------- small pure functions
 
-def sentences(words, longest: int = 240) -> Iterator[tuple[str, str | None]]:
-    """Pieces of text -> (sentence, mood) as soon as each is complete, none longer than `longest`; at most REPLY_CHARACTERS in all.
-
-    mood: that of the piece it ends in, where pieces have one (responders.Words).
-    """
-    text, total, mood = "", 0, None
-    for piece in words:
-        mood = getattr(piece, "mood", None)
-        piece = piece[:REPLY_CHARACTERS - total]
-        total += len(piece)
-        text += piece
-        while (cut := next((m.end() for m in SENTENCE_END.finditer(text) if m.end() >= SHORTEST), None)) is not None:
-            yield from ((part, mood) for part in split_text(text[:cut], longest))
-            text = text[cut:]
-        if total >= REPLY_CHARACTERS:
-            break
-    yield from ((part, mood) for part in split_text(text, longest))
+def one_by_one(words: Iterator, call: Callable) -> Iterator:
+    """The same words, each computed in a call of the engine: what is said between two of them may use the session."""
+    nothing = object()
+    try:
+        while (word := call(lambda: next(words, nothing))) is not nothing:
+            yield word
+    finally:
+        words.close()
 
 
 def speakable(text: str) -> bool:
@@ -195,15 +188,64 @@ class Reply:
         return " ".join(filter(None, words))
 
 
+class Utterance:
+    """Something that the user says, and the hearing of it that follows the sound while it is said.
+
+    The worker opens the hearing when the session is free; the thread that brings the sound catches up and goes on; the worker finishes or drops it.
+    """
+
+    def __init__(self, rate: int, longest: float):
+        self.rate, self.most = rate, int(longest * rate)
+        self.hearing: Hearing | None = None
+        self.asked = self.over = self.whole = False      # the worker was asked; nothing more comes; all of it was fed
+        self.fed = 0                                     # samples
+        self._resampler = None
+        if rate != SAMPLE_RATE:
+            import soxr
+            self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+
+    def feed(self, sound: np.ndarray, last: bool = False) -> None:
+        """Sound (n,) after what was fed. A hearing that fails, or would last too long, is dropped: the turn is heard when it is over then."""
+        hearing = self.hearing
+        if hearing is None:
+            return
+        self.fed += len(sound)
+        try:
+            if self.fed > self.most:
+                raise ValueError("longer than the model is to hear")
+            hearing.feed(self._resampler.resample_chunk(sound, last=last) if self._resampler else sound)
+            self.whole = last
+        except (ValueError, RuntimeError):               # longer than the window; the engine is being closed; dropped by the worker
+            self.drop()
+
+    def drop(self) -> None:
+        hearing, self.hearing, self.whole = self.hearing, None, False
+        if hearing is not None:
+            hearing.cancel()
+
+    def finish(self, text: str) -> bool:
+        """The turn goes into the session with its transcript; False where it was not heard, or not all of it."""
+        if self.hearing is None or not self.whole:
+            self.drop()
+            return False
+        hearing, self.hearing = self.hearing, None
+        try:
+            hearing.finish(text)
+        except (ValueError, RuntimeError):
+            return False
+        return True
+
+
 @dataclass
 class Job:
-    """Something for the worker: a turn of the user (text, or sound with the transcript that was begun), or an order."""
-    kind: str                              # turn | order
+    """Something for the worker: a turn of the user (text, or sound with the transcript that was begun), an order, or to hear what is being said."""
+    kind: str                              # turn | order | hear
     at: float = field(default_factory=time.perf_counter)
     text: str | None = None
     audio: np.ndarray | None = None
     draft: Future | None = None
     order: Callable | None = None
+    utterance: Utterance | None = None
 
 
 # ----------------------------------------------------------------------------- the conversation
@@ -223,6 +265,8 @@ class LiveConversation:
         self._voice: dict | None = None                         # another than new_session gives
         self._draft: tuple[float, Future] | None = None         # length of the speech it covers
         self._utterance, self._drafted = 0, 0.0
+        self._said: Utterance | None = None                     # what the user is saying
+        self._heard: Utterance | None = None                    # whose hearing holds the session; the worker's own
         self._lock, self._jobs, self._closed = threading.RLock(), queue.Queue(WAITING), threading.Event()
         self._worker = threading.Thread(target=self._work, name="conversation", daemon=True)
         self._worker.start()
@@ -233,6 +277,7 @@ class LiveConversation:
         """Microphone sound (n,), int16 or float32, at sample_rate."""
         for event in self.ear.push(samples):
             self._on(event)
+        self._follow()
         self._maybe_draft()
 
     def end_of_turn(self) -> None:
@@ -284,6 +329,8 @@ class LiveConversation:
             self._jobs.put_nowait(Job("order", order=lambda: None))
         if threading.current_thread() is not self._worker:
             self._worker.join(wait)
+        if self._heard is not None:
+            self._heard.drop()
         self.session.rest()
         self._emit = lambda event, pcm=None: None                # whoever listened is not held any longer
 
@@ -297,8 +344,10 @@ class LiveConversation:
     def memory_bytes(self) -> int:
         """What this conversation holds besides the model's window: sound that waits, and the codes of turns."""
         turns = [*self.session.turns, *self.session.voices.values()]
+        said = self._said
+        heard = 4 * said.fed if said is not None and said.hearing is not None else 0
         codes = sum(t.codes.numel() * t.codes.element_size() for t in turns if t.codes is not None)
-        return int(4 * self.ear.kept_seconds * self.sample_rate) + codes + sum(t.audio.nbytes for t in turns if t.audio is not None) + 1000 * len(turns)
+        return int(4 * self.ear.kept_seconds * self.sample_rate) + heard + codes + sum(t.audio.nbytes for t in turns if t.audio is not None) + 1000 * len(turns)
 
     @property
     def _frame(self) -> int:
@@ -324,9 +373,13 @@ class LiveConversation:
     def _on(self, event) -> None:
         if event.kind == "start":
             self._utterance, self._draft, self._drafted = self._utterance + 1, None, 0.0
+            self._said = Utterance(self.sample_rate, self.cfg.user_seconds)
             self._send({"type": "speech_started"})
+            if not (self._reply is not None and self._reply.audible):
+                self._ask_to_hear()
         elif event.kind == "barge_in":
             self.interrupt()
+            self._ask_to_hear()
         elif event.kind == "pause":
             self._begin_draft(event.audio, event.speech_ms)
         elif event.kind == "resume":
@@ -334,14 +387,30 @@ class LiveConversation:
         elif event.kind == "end":
             self._send({"type": "speech_stopped", "ms": round(event.speech_ms)})
             draft = self._draft[1] if self._draft and self._draft[0] == event.speech_ms else None
-            self._draft = None
+            self._draft, said, self._said = None, self._said, None
+            said.over = True
             if self._reply is not None and self._reply.audible and event.speech_ms < self.ear.cfg.barge_in_ms:
-                return                                           # a cough, or a listener's "mm": the reply goes on
+                return said.drop()                               # a cough, or a listener's "mm": the reply goes on
             self.interrupt()
+            said.feed(event.audio[said.fed:], last=True)
             try:
-                self._put(Job("turn", audio=event.audio, draft=draft))
+                self._put(Job("turn", audio=event.audio, draft=draft, utterance=said))
             except ValueError as error:
+                said.drop()
                 self._send({"type": "error", "code": "too_fast", "message": str(error)})
+
+    def _ask_to_hear(self) -> None:
+        """Let the worker open a hearing of what is being said, once the session is free."""
+        if self._said is None or self._said.asked or not (self.cfg.user_sound and self.cfg.stream_sound):
+            return
+        with contextlib.suppress(queue.Full):
+            self._jobs.put_nowait(Job("hear", utterance=self._said))
+            self._said.asked = True
+
+    def _follow(self) -> None:
+        """Give the hearing what was said since, or all of it where it has just been opened."""
+        if self._said is not None and self._said.hearing is not None:
+            self._said.feed(self.ear.audio(self._said.fed))
 
     def _begin_draft(self, audio: np.ndarray, speech_ms: float) -> None:
         """At a pause: write down the turn so far, which is the transcript if nothing more comes, and says whether more is to come."""
@@ -374,7 +443,13 @@ class LiveConversation:
         while not self._closed.is_set():
             job = self._jobs.get()
             try:
-                job.order() if job.kind == "order" else self._turn(job)
+                if self._heard is not None and self._heard is not job.utterance:
+                    self._heard.drop()                           # something else comes first: this is heard when it is over
+                    self._heard = None
+                if job.kind == "order":
+                    job.order()
+                else:
+                    self._turn(job) if job.kind == "turn" else self._hear(job.utterance)
             except Closed:
                 self._closed.set()
             except ValueError as error:
@@ -400,10 +475,27 @@ class LiveConversation:
         self.session, self.history, self._reply, self.turns = self.new_session(), [], None, 0
         self._change_voice(self._voice)
 
+    def _hear(self, said: Utterance) -> None:
+        """The session listens from now on. A reply that was interrupted is cut first, when its listener has told what was played of it."""
+        reply, until = self._reply, time.monotonic() + REPORT_SECONDS
+        while reply is not None and reply.stopped.is_set() and reply.reported is None and not said.over and time.monotonic() < until:
+            time.sleep(0.01)
+        if said.over or self._closed.is_set():
+            return
+        self._settle()
+        self.session.lighten()
+        said.hearing, self._heard = self.engine.listen(self.session, USER), said
+
     def _turn(self, job: Job) -> None:
-        text = job.text if job.text is not None else self._transcript(job)
-        number = self.turns + 1
-        self._send({"type": "transcript", "text": text, "turn": number})
+        try:
+            text = job.text if job.text is not None else self._transcript(job)
+            number = self.turns + 1
+            self._send({"type": "transcript", "text": text, "turn": number})
+            heard = speakable(text) and not self._closed.is_set() and job.utterance is not None and job.utterance.finish(text)
+        finally:
+            if job.utterance is not None:
+                job.utterance.drop()
+            self._heard = None
         if not speakable(text) or self._closed.is_set():
             return
         self._settle()
@@ -411,7 +503,9 @@ class LiveConversation:
         self.turns = number
         with self._lock:
             reply = self._reply = Reply(number, job.at, marker=self.marker())
-        self._call(lambda: self._take_in(text, job.audio))
+        if not heard:
+            self._call(lambda: self._take_in(text, job.audio))
+        self._remember(NAMES[USER], text)
         self._answer(reply)
         if not reply.stopped.is_set() and self._jobs.empty():
             self._call(lambda: self.session.prepare(MODEL))
@@ -430,7 +524,6 @@ class LiveConversation:
             listen(self.session, USER, audio, text)
         else:
             self.session.add_turn(USER, text)
-        self._remember(NAMES[USER], text)
 
     def _remember(self, name: str, text: str) -> None:
         self.history.append((name, text))
@@ -438,7 +531,7 @@ class LiveConversation:
 
     def _words(self) -> Iterator[str]:
         words = self.responder.stream(self.session, MODEL, list(self.history), NAMES[MODEL])
-        return iter(self._call(lambda: list(words))) if self.responder.on_model else words
+        return one_by_one(words, self._call) if self.responder.on_model else words
 
     def _answer(self, reply: Reply) -> None:
         words = self._words()

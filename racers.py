@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import config
 
 ROOT = Path(__file__).resolve().parent
 BLOCK = 1920               # samples of the user's sound that arrive at a time (80 ms)
+BLOCK_SECONDS = BLOCK / 24000
+STEP_SECONDS = 0.03        # a step of a rehearsal is begun only where so much time is left
 FRAMES = 40                # length for which the weights that the other orders read are counted
 LOUD = 3.0                 # heads of the models raced against transformers': logits of several units, so that greedy codes hang on no rounding
 RACE_GEOMETRIES = {        # raced against transformers' CSM: backbone, depth decoder; 32 codebooks, this project's bytes as text
@@ -173,34 +176,51 @@ class Ours:
     def answer(self, item: dict) -> dict:
         """The user's sound is heard while it arrives; then the reply's text is found by spec["reply"], and spoken.
 
-        given: it lies ready when the turn ends. head: the model itself writes down the turn, then its reply, of which the
-        first sentence is spoken. written: Whisper's transcript, and a reply from the written dialogues.
+        given: it lies ready when the turn ends. head: the model itself writes down the turn, then its reply, of which each
+        sentence is spoken as soon as it is written; while the user speaks it rehearses both in the time that is left. written: Whisper's transcript, and a reply from the written dialogues.
         """
-        session, reply = self.session(item), self.spec["reply"]
+        session, reply, self._rehearsal = self.session(item), self.spec["reply"], iter(())
         user, me = item["user_speaker"], item["turns"][item["index"]]["custom"]["speaker_index"]
-        listening = self._listen(session, user)
-        pieces, heard = blocks(item["user"]), 0.0
-        ears = self._open_ears() if reply == "written" else None
-        for n, block in enumerate(pieces):
-            last = n == len(pieces) - 1
-            start = time.perf_counter()
+        listening, ears = self._listen(session, user), self._open_ears() if reply == "written" else None
+        clock, pieces = Clock(), blocks(item["user"])
+        for block in pieces[:-1]:
+            clock.arrive()
             listening.feed(block)
             if ears:
-                ears.feed(block, last)
-            heard += 0.0 if last else time.perf_counter() - start
-        end, stages = start, {}
+                ears.feed(block)
+            if reply == "head" and hasattr(listening, "rehearse"):
+                self._rehearse(clock, listening, me)
+            clock.work()
+        end, stages = clock.arrive(), {}
 
         def done(stage: str) -> None:
             stages[stage] = 1000 * (time.perf_counter() - end)
+        listening.feed(pieces[-1])
+        if ears:
+            ears.feed(pieces[-1], True)
         said = {"given": lambda: item["user_text"], "head": lambda: None, "written": lambda: ears.transcript()}[reply]()
         done("words of the user")
         listening.finish(said or (None if reply == "head" else item["user_text"]))
         done("heard")
-        text = self._reply(session, me, reply, item)
+        parts = self._reply(session, me, reply, item)
+        first, said, count = next(parts), [], len(session.turns)
         done("reply")
-        made = timed_chunks(session.speak(me, text), end)
-        return made | {"text": text, "frames": session.turns[-1].num_frames, "stages": stages | {"first sound": made["first_ms"]},
-                       "heard_real_time_factor": heard / max(1e-9, len(item["user"]) / 24000)}
+
+        def chunks():
+            for part in itertools.chain([first], parts):
+                said.append(part)
+                yield from session.speak(me, part)
+        made = timed_chunks(chunks(), end)
+        return made | {"text": " ".join(said), "frames": sum(t.num_frames for t in session.turns[count:]), "stages": stages | {"first sound": made["first_ms"]},
+                       "heard_real_time_factor": clock.busy / max(1e-9, len(item["user"]) / 24000)}
+
+    def _rehearse(self, clock: "Clock", listening, me: int) -> None:
+        """Go on with the transcript and the reply so far, in time that is left until the next block comes."""
+        while clock.left() > STEP_SECONDS:
+            if next(self._rehearsal, 0) == 0:
+                self._rehearsal = listening.rehearse(me)
+                if next(self._rehearsal, 0) == 0:
+                    return
 
     def _listen(self, session, speaker: int):
         if has("listening"):
@@ -215,15 +235,17 @@ class Ours:
         self._ears.reset()
         return self._ears
 
-    def _reply(self, session, me: int, reply: str, item: dict) -> str:
-        if reply == "given":
-            return item["text"]
+    def _reply(self, session, me: int, reply: str, item: dict):
+        """The reply's parts as they are known."""
         if reply == "head":
-            return first_sentence(session.reply_text(me))
+            from generation import sentences
+            return (sentence for sentence, _ in sentences(session.reply_stream(me)))
+        if reply == "given":
+            return iter([item["text"]])
         if self._retriever is None:
             self._retriever = self.tools["responder"]("retrieval")
         history = [(str(t.speaker), t.text) for t in session.turns]
-        return self._retriever.reply(session, me, history, str(me))[0]
+        return iter([self._retriever.reply(session, me, history, str(me))[0]])
 
     # ---- a long conversation
 
@@ -264,9 +286,26 @@ class AtOnce:
         return self.session.add_turn(self.speaker, text, audio=np.concatenate(self.blocks))
 
 
-def first_sentence(text: str) -> str:
-    import re
-    return re.split(r"(?<=[.?!])\s", text.strip())[0]
+class Clock:
+    """When the blocks of the user's sound come, and what was done for them in time. What takes longer than a block delays the next ones, the end of the turn too."""
+
+    def __init__(self):
+        self.late = self.busy = 0.0                              # seconds behind the newest block; seconds of work
+        self.start = None
+
+    def arrive(self) -> float:
+        """perf_counter() when the next block came: earlier than now by what is still to be caught up."""
+        self.start = time.perf_counter()
+        return self.start - self.late
+
+    def left(self) -> float:
+        """Seconds until the block after this one."""
+        return BLOCK_SECONDS - self.late - (time.perf_counter() - self.start)
+
+    def work(self) -> None:
+        """All is done for this block."""
+        spent = time.perf_counter() - self.start
+        self.busy, self.late = self.busy + spent, max(0.0, self.late + spent - BLOCK_SECONDS)
 
 
 # ----------------------------------------------------------------------------- transformers' CSM

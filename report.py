@@ -22,6 +22,7 @@ import config
 SPECTRUM_TOP = 8000.0                      # Hz, upper edge of the spectrograms
 PITCH_RANGE = (60.0, 500.0)                # Hz, the overlay's own logarithmic scale
 RAMP = ("0f1022", "2a1f5c", "6b2a7f", "b43a78", "ee6a5f", "fbb26a", "fdf0b8")   # quiet to loud
+SAMPLED_STEPS = 5                          # of each line said during training, on the page
 STEPS = ("setup", "collect", "tokenise", "train", "demo", "report")
 TERMS = {"c0": "first codebook", "depth": "other codebooks", "text": "text", "advance": "reading pace", "phones": "letters to phones"}
 
@@ -397,7 +398,38 @@ def training_html(rows: list[dict]) -> str:
         body += f'<figure class="panel"><figcaption>Loss over steps {keys}</figcaption>{line_chart(total, 1000, 300, "loss over training steps")}</figure>'
     small = "".join(f'<figure class="panel"><figcaption>{TERMS[name]}</figcaption>{line_chart(parts, 340, 190, TERMS[name])}</figure>'
                     for name, parts in sorted(terms.items(), key=lambda item: list(TERMS).index(item[0])))
-    return body + f'<div class="multiples">{small}{codebooks_html(rows)}</div>'
+    return body + f'<div class="multiples">{small}{codebooks_html(rows)}{evaluations_html(rows)}</div>'
+
+
+def evaluations_html(rows: list[dict]) -> str:
+    """The short evaluations during training, one curve per score; "" where nothing was scored."""
+    looks = [row for row in rows if row.get("kind") == "evaluation"]
+    series = {key: [(row["step"], row[key]) for row in looks if row.get(key) is not None] for row in looks for key in row if key.startswith("evaluation/")}
+    figures = [(key.split("/")[1], points) for key, points in series.items() if points and key.split("/")[1] not in ("conversations", "seconds")]
+    return "".join(f'<figure class="panel"><figcaption>score: {"word error rate" if name == "wer" else esc(name)}</figcaption>{line_chart({name: points}, 340, 190, name)}</figure>' for name, points in figures)
+
+
+def read_samples(folder: Path) -> dict[str, list[tuple[int, Path, dict]]]:
+    """What train.py's model said while it learned (samples/step_NNNNNN/samples.json): text -> [(step, WAV, facts), ...], at most SAMPLED_STEPS of them, spread evenly."""
+    found: dict[str, list] = {}
+    for path in sorted(folder.glob("step_*/samples.json")):
+        for row in read_json(path):
+            if (path.parent / row["audio"]).is_file():
+                found.setdefault(row["text"], []).append((int(path.parent.name.removeprefix("step_")), path.parent / row["audio"], row))
+    def spread(rows):
+        return [rows[round(k * (len(rows) - 1) / (SAMPLED_STEPS - 1))] for k in range(SAMPLED_STEPS)] if len(rows) > SAMPLED_STEPS else rows
+    return {text: spread(rows) for text, rows in found.items()}
+
+
+def samples_html(samples: dict) -> str:
+    """A panel per line: how it sounded at step after step."""
+    import audio_io
+    panels = []
+    for text, rows in samples.items():
+        players = "".join(f'<figure><figcaption>step {step:,}{"" if row.get("ended", True) else " (cut off)"}</figcaption>'
+                          f'{player(audio_io.read_audio(path), audio_io.SAMPLE_RATE, 84, f"step {step}", 420)}</figure>' for step, path, row in rows)
+        panels.append(f'<div class="panel"><p class="said">{esc(text)}</p><div class="multiples">{players}</div></div>')
+    return "".join(panels)
 
 
 def codebooks_html(rows: list[dict]) -> str:
@@ -572,11 +604,13 @@ def page(results: dict | None, summary: dict, metrics: list[dict], steps: list[d
     here = Path(args.output)
     body = demo_sections(results, Path(args.demo), rate)
     body += section("training", "How it learned", "Loss in nats, lower is better: how surprised the model is by the next piece of speech or text.", training_html(metrics))
+    if samples := read_samples(Path(args.checkpoints) / "samples"):
+        body += section("samples", "How it came to sound", "Held-out lines, said by the model while it was trained; the draw is the same at every step.", samples_html(samples))
     body += section("steps", "What it took", "Each step of the experiment, its time and its largest memory.", steps_html(steps))
     body += section("machine", "Where and with what", "", machine_html(manifest, results))
     body += section("files", "Files", "Addresses are relative to this page.", files_html(results, args, here))
     about = ABOUT + "." + (SPOKE if results else "") + (HEARD.format(asr=esc(args.asr)) if results and not args.no_judges else "")
-    names = {"turns": "Single turns", "talk": "Conversation", "voices": "Voices", "speed": "Speed", "training": "Training", "steps": "Steps", "machine": "Machine", "files": "Files"}
+    names = {"turns": "Single turns", "talk": "Conversation", "voices": "Voices", "speed": "Speed", "training": "Training", "samples": "Samples", "steps": "Steps", "machine": "Machine", "files": "Files"}
     nav = "".join(f'<a href="#{key}">{name}</a>' for key, name in names.items() if f'id="{key}"' in body)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>A model that talks</title>'
             f'<style>{CSS}</style></head><body><main><div class="hero"><h1>A model that talks</h1><p class="lead">{about}</p>{tiles_html(summary) if summary else ""}<nav>{nav}</nav></div>'

@@ -48,7 +48,7 @@ class Words(str):
 # ----------------------------------------------------------------------------- those of demo.py
 
 class Lines:
-    """demo.Responder: a whole reply at once."""
+    """demo.Responder: a whole reply at once, the text head's as it is written."""
 
     def __init__(self, kind: str, command: str = ""):
         from demo import Responder
@@ -62,8 +62,8 @@ class Lines:
     def stream(self, session, speaker: int, history: list[tuple[str, str]], me: str) -> Iterator[str]:
         with self._lock:                         # what is written is read once
             self.warm()
-        text, mood = self._responder.reply(session, speaker, history, me)
-        yield Words.of(text, mood)
+        for text, mood in self._responder.stream(session, speaker, history, me):
+            yield Words.of(text, mood)
 
 
 # ----------------------------------------------------------------------------- language models

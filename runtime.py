@@ -16,6 +16,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,18 +208,60 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """Afterwards the random numbers of Python, NumPy and torch go on, and torch has as many threads, as if nothing had happened inside."""
+    import numpy
+    import torch
+    before = random.getstate(), numpy.random.get_state(), rng_state(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        set_rng_state(before[2])
+        torch.set_num_threads(before[3])
+
+
+MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -4, -3, -1, -8     # of glibc's malloc.h
+
+
 def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks instead of giving them back to the system and fetching them anew each step (CPU training).
 
     Returns whether it could be done (Linux with glibc).
     """
+    return _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2 ** 31 - 1})
+
+
+def return_freed_memory(every: float = 15.0) -> bool:
+    """Make glibc give freed memory back to the system (servers): blocks of 1 MB and more at once, the rest every so many seconds.
+
+    Left alone it raises its own thresholds to up to 32 and 64 MB after the first large block, and has a heap for each of up to eight threads a core:
+    what comes and goes with conversations (windows, a recording's activations) then lies between small blocks that stay, and memory grows with the
+    turns although nothing more is in use. Returns whether it could be done (Linux with glibc).
+    """
+    if not _set_malloc({MMAP_THRESHOLD: 2 ** 20, TRIM_THRESHOLD: 2 ** 23, ARENA_MAX: 2}):
+        return False
+    threading.Thread(target=_trim_for_ever, args=(every,), name="trim", daemon=True).start()
+    return True
+
+
+def _trim_for_ever(every: float) -> None:
+    import ctypes
+    libc = ctypes.CDLL("libc.so.6")
+    while True:
+        time.sleep(every)
+        libc.malloc_trim(0)                                    # pages between blocks that are in use, of every heap
+
+
+def _set_malloc(settings: dict[int, int]) -> bool:
     if sys.platform != "linux":
         return False
     import ctypes
     try:
         libc = ctypes.CDLL("libc.so.6")
-        mmap_max, trim_threshold = -4, -1                     # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2 ** 31 - 1))
+        return all([libc.mallopt(name, value) for name, value in settings.items()])
     except (OSError, AttributeError):                         # another C library
         return False
 
@@ -303,7 +346,7 @@ def cosine_lr(step: int, max_steps: int, warmup_steps: int = 0, min_ratio: float
 class MetricsLog:
     """Appends one JSON object per call to folder/metrics.jsonl, and to W&B where that is wanted and works.
 
-    start_step > 0 (a resumed run) drops the lines that will be written again: those of that step on, its validation aside.
+    start_step > 0 (a resumed run) drops the lines that will be written again: those of that step on, its validation and evaluation aside.
     W&B never asks for an account and its failure never stops a run: a line on stderr says so.
     """
 
@@ -311,7 +354,7 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         def old(line):
-            return line["step"] < start_step or (line["step"] == start_step and line.get("kind") == "validation")
+            return line["step"] < start_step or (line["step"] == start_step and line.get("kind") in ("validation", "evaluation"))
         kept = [line for line in read_metrics(self.path) if old(line)] if start_step else []
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.run, self.lost = _start_wandb(Path(folder), config or {}, wandb, name), 0
@@ -329,8 +372,18 @@ class MetricsLog:
             self.lost += 1
         if self.run is not None:
             try:
-                self.run.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=step)
+                self.run.log(_curves(line), step=step)
             except Exception as error:                    # any failure of W&B: go on without it
+                self._drop_wandb(error)
+
+    def show(self, step: int, sound, picture, caption: str) -> None:
+        """A WAV file and a PNG file for W&B, under "samples/" and "spectrograms/" and the name of the file."""
+        if self.run is not None:
+            try:
+                import wandb
+                name = Path(sound).stem
+                self.run.log({f"samples/{name}": wandb.Audio(str(sound), caption=caption), f"spectrograms/{name}": wandb.Image(str(picture), caption=caption)}, step=step)
+            except Exception as error:
                 self._drop_wandb(error)
 
     def close(self) -> None:
@@ -344,6 +397,15 @@ class MetricsLog:
     def _drop_wandb(self, error) -> None:
         print(f"note: W&B stopped ({str(error).splitlines()[0] if str(error) else type(error).__name__}); metrics.jsonl goes on", file=sys.stderr)
         self.run = None
+
+
+def _curves(line: dict) -> dict:
+    """The numbers of a line; of a list one curve per place, counted from 1."""
+    found = {}
+    for name, value in line.items():
+        parts = {f"{name}/{place:02d}": v for place, v in enumerate(value, 1)} if isinstance(value, list) else {name: value}
+        found |= {k: v for k, v in parts.items() if isinstance(v, (int, float)) and k != "step"}
+    return found
 
 
 def _finite(value):

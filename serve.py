@@ -42,10 +42,11 @@ def build_parser() -> config.Parser:
 
 
 def load(args):
-    """A Service as the flags say."""
+    """A Service as the flags say. From here on this process gives freed memory back."""
     import responders
     import runtime
     import torch
+    runtime.return_freed_memory()
     from demo import Lab
     from service import Service
     torch.set_num_threads(args.threads or min(4, max(1, runtime.cpu_count() - 1)))

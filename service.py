@@ -16,7 +16,7 @@ from batching import BatchingEngine, EngineFull
 from config import MOODS, BatchingConfig, LiveConfig
 from demo import PIECE, Lab, check_mood, check_text, shipped_voices, speakable, written_voice
 from generation import PROMPT_SECONDS, Session, codes_of_sound, split_text
-from live import MODEL, NAMES, USER, Ears, LiveConversation, sentences
+from live import MODEL, NAMES, USER, Ears, LiveConversation, one_by_one, sentences
 from runtime import ROOT
 from serve_limits import Refused, ServeConfig
 from speech_formats import decode
@@ -188,7 +188,7 @@ class Service:
         user = USER if speaker != USER else MODEL
         self.engine.call(session, lambda s: s.add_turn(user, text))
         stream = self.responder.stream(session, speaker, [(NAMES[USER], text)], NAMES[MODEL])
-        yield from sentences(iter(self.engine.call(session, lambda _: list(stream))) if self.responder.on_model else stream)
+        yield from sentences(one_by_one(stream, lambda work: self.engine.call(session, lambda _: work())) if self.responder.on_model else stream)
 
     def converse(self, emit, voice: str | None, sample_rate: int) -> LiveConversation:
         """A live conversation. Slow: in a thread of the caller."""

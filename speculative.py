@@ -6,7 +6,7 @@ p is what generation.sample draws from, temperature and top-k included. At tempe
 
 Codes of a frame are drafted by the depth decoder itself in int8 (it reads a quarter of the bytes per code, and the check
 reads the float32 weights once per frame instead of K - 1 times) or from frames said before. Text is drafted by looking up what followed
-the same letters before (prompt lookup) and checked by the backbone.
+the same letters before (prompt lookup) and checked by the backbone: not by that rule, but by drawing what would have been drawn (writing.py).
 
     note = speculate(model, "auto")                     # frames: generation.draw_codes uses it from then on, where it wins
     session.write = TextLookup(tokenizer, texts)        # text: Session.reply_text uses it
@@ -15,18 +15,18 @@ K codebooks, V rows per codebook, D width.
 """
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
-from additions import Positions
 from architecture import CSM, DecodeState, FrameBatch
 from config import ModelConfig, SamplingConfig
-from generation import _only_text, _run_on, draw_codes
+from generation import draw_codes
 from quantisation import depth_products
+from writing import TextStep, write
 
 DRAFTS = ("int8", "int4-depth", "phrases")
 MOST, LEAST = 12, 6           # text: tokens drafted at once at most; equal tokens before a place that make it worth looking at
@@ -242,51 +242,17 @@ class Lookup:
 
 
 class TextLookup:
-    """generation.generate_text with drafts looked up in `texts` and in what was written before. Counts in `tally`."""
+    """generation.stream_text with drafts looked up in `texts` and in what was written before. Counts in `tally`."""
 
     def __init__(self, tokenizer, texts: list[str] = (), least: int = LEAST, most: int = MOST):
         self.lookup, self.tally = Lookup([tokenizer.encode(text) + [tokenizer.eot] for text in texts], least, most), Tally()
 
-    @torch.inference_mode()
-    def __call__(self, model: CSM, tokenizer, state: DecodeState, ids: list[int], number: int, most: int, temperature: float, generator=None) -> list[int]:
-        """As generate_text: up to `most` more token ids after `ids`, without the closing EOT. `state` is used up."""
-        out, first, reach = [], 0, 2
-        while len(out) < most:
-            drafts = self.lookup.after(out)[:min(reach, most - len(out))]
-            p, keep = self._look(model, tokenizer, state, [*ids, *drafts], len(drafts), number, first, temperature, bool(out))
-            chosen = torch.tensor(drafts, dtype=torch.long, device=p.device)
-            count, other = accept(p[:-1], torch.nn.functional.one_hot(chosen, p.shape[1]).float(), chosen, generator)
-            token = int((p[-1].argmax() if temperature == 0 else draw(p[-1], generator)) if other is None else other)
-            keep(len(ids) + count)
-            reach = 2 * count + 2                                              # draft further where it went well
-            self.tally.drafted, self.tally.kept, self.tally.passes = self.tally.drafted + len(drafts), self.tally.kept + count, self.tally.passes + 1
-            first, ids, new = first + len(ids) + count, [token], [*drafts[:count], token]
-            self.tally.made += len(new)
-            if tokenizer.eot in new:
-                out += new[:new.index(tokenizer.eot)]
-                break
-            out += new
-        self.lookup.add([*out[:most], tokenizer.eot])
-        return out[:most]
-
-    @staticmethod
-    def _look(model: CSM, tokenizer, state: DecodeState, ids: list[int], drafted: int, number: int, first: int, temperature: float, begun: bool):
-        """Distributions (drafted + 1, V) after the last that is no draft and after each draft, and a function that forgets all but the first n of `ids`."""
-        rows, before = _run_on(ids, model.cfg, number, first, model.text_embeddings.weight.device), copy.copy(state)
-        h = model(rows, state=state)
-        logits = _only_text(model.text_logits(h[0, len(ids) - drafted - 1:]), tokenizer, may_end=True)
-        if not begun:
-            logits[0, tokenizer.eot] = -torch.inf
-        return distribution(logits, temperature, logits.shape[-1]), lambda n: rewind(model, state, before, rows, h, n)
-
-
-def rewind(model: CSM, state: DecodeState, before: DecodeState, rows: FrameBatch, h: Tensor, n: int) -> None:
-    """Leave `state`, which was `before` (a shallow copy) and has taken in text `rows` with hidden states h, as if only n of them had come."""
-    if n == rows.S:
-        return
-    state.length, state.runs = before.length + n, None
-    state.gathered, state.current, state.slots = before.gathered, before.current, before.slots
-    state.seen = Positions(*(getattr(state.seen, f.name)[:, :state.length] for f in fields(Positions)))
-    if model.memory_writer is not None:
-        names = ("frames", "mask", "turn", "text_index", "reading")
-        model._gather(h[:, :n], FrameBatch(**{name: getattr(rows, name)[:, :n] for name in names}), state)
+    def __call__(self, model: CSM, tokenizer, state: DecodeState, ids: list[int], number: int, most: int, temperature: float, generator=None, drafts=None) -> Iterator[int]:
+        """As generation.stream_text, the same tokens. drafts: asked first."""
+        def guess(out: list[int]) -> list[int]:
+            return (drafts(out) if drafts else []) or self.lookup.after(out)
+        out, most = [], min(most, state.limit - state.length - len(ids))
+        for token in write(TextStep(model, state, number, len(ids) + most), tokenizer, ids, most, temperature, generator, guess, self.tally):
+            out.append(token)
+            yield token
+        self.lookup.add([*out, tokenizer.eot])

@@ -8,13 +8,14 @@
     python train.py --model_size large --dry_run --ranks 64 --gpu_memory_gb 80      # how that would be spread
 
 Writes checkpoints/last.pt and best_model.pt (by validation loss, averaged weights inside), metrics.jsonl,
-loss.png and samples/. Order of the loop: validate, sample, save, stop, step, log.
+loss.png and samples/ (the model's own speech of held-out lines: watching.py). Order of the loop: validate, sample and score, save, stop, step, log.
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,6 @@ LARGE, CPU_POSITIONS = 100e6, 1024          # a CPU trains models of more parame
 EARLY_SHARE, EARLY_SECONDS = 0.15, 6.0       # curriculum: single turns up to this long in the first part of a run from scratch
 FRAME_SHARE, OVERHEAD = 0.6, 2.5            # voice positions among all; a step's time over that of its matrix products (both only for a guess)
 ADAPTER_RUN = "csm-adapter"                  # kind of a training file that holds adapters alone
-SAMPLES = ("Hello, how are you today?", "I am so sorry to hear that.", "The bus leaves at seven, so please do not be late.")
 
 
 def build_parser() -> Parser:
@@ -47,6 +47,7 @@ from tqdm import tqdm            # noqa: E402
 import lora                      # noqa: E402
 import parallel                  # noqa: E402
 import runtime                   # noqa: E402
+import watching                  # noqa: E402
 from architecture import CSM, FrameBatch  # noqa: E402
 from checkpoint import carry_over, check_codec, find, link_file, load_model, load_training, save_training  # noqa: E402
 from dataset_pipeline import ConversationDataset, Stage, data_folders, phone_ids, read_index, widen  # noqa: E402
@@ -181,12 +182,14 @@ class Objective(nn.Module):
         self.model, self.ranks, self.touch_all = model, ranks, touch_all
 
     def forward(self, batch, history, words, generator, counts: dict[str, float]) -> tuple[Tensor, Tensor]:
-        """-> loss to run backward on, sums (terms,) of the terms in the order of counts."""
+        """-> loss to run backward on, sums (terms + K - 1,) of the terms in the order of counts and of codebooks 1 to K - 1."""
         terms = self.model.loss(batch, history, words, generator)
+        nothing = torch.zeros((), device=terms["c0"][0].device)
+        codebooks = [terms["metrics"].get(f"depth_{k}", (nothing, 0))[0] for k in range(1, self.model.cfg.num_codebooks)]
         loss = weighted_loss(terms, counts, self.model.cfg.loss_weights) * self.ranks
         if self.touch_all:
             loss = loss + sum(0 * p.sum() for n, p in self.model.named_parameters() if not n.startswith(("backbone.layers.", "decoder.layers.")))
-        return loss, torch.stack([terms[n][0].detach().double() for n in counts])
+        return loss, torch.stack([value.detach().double() for value in [terms[n][0] for n in counts] + codebooks])
 
 
 def dry_run(cfg: TrainConfig, model_cfg: ModelConfig) -> None:
@@ -359,6 +362,7 @@ class Trainer:
         self.lexicon = load_lexicon(0 if cfg.lora else cfg.lexicon_words, self.model.cfg, self.data.tokenizer)
         self.optimisers = build_optimisers(self.model, cfg)
         self.average = Average(self.model, cfg.ema)
+        self.watcher = watching.Watcher(cfg, self.model, self.average, self.data.tokenizer, self.codec_fingerprint, held_out.conversations)
         self.step, self.minutes, self.best, self.validation = 0, 0.0, math.inf, {}
         self.loader_state = self.data.state_dict()
         if saved is not None:
@@ -464,7 +468,7 @@ class Trainer:
         return dict(zip(names, total.tolist()))
 
     def gradients(self) -> dict[str, float]:
-        """Forward and backward of one step; returns the mean of each loss term over its valid targets, and "loss"."""
+        """Forward and backward of one step; returns the mean of each loss term over its valid targets, "loss", and "per_codebook" (K values)."""
         drawn = self._draw()
         counts, sums = self._counts(drawn), 0.0
         self.positions = sum(int((batch.turn >= 0).sum()) for batch, *_ in drawn)
@@ -478,7 +482,9 @@ class Trainer:
             sums = sums + part
         total = self.ranks.sum(sums).tolist()
         means = {n: value / max(1.0, counts[n]) for n, value in zip(counts, total)}
-        return {"loss": sum(self.weights.get(n, 0.0) * v for n, v in means.items())} | means
+        frames = max(1.0, counts["depth"] / max(1, self.model.cfg.num_codebooks - 1))
+        depth = [value / frames for value in total[len(counts):]]
+        return {"loss": sum(self.weights.get(n, 0.0) * v for n, v in means.items())} | means | {"per_codebook": [means["c0"], *depth]}
 
     def update(self) -> tuple[float, float]:
         """Clip, check, step; returns the gradient norm and the factor of the schedule."""
@@ -593,31 +599,10 @@ class Trainer:
         if saved is not None and saved.get("is_best") and last.exists() and last.resolve() == Path(self.cfg.resume).resolve():
             self._name_best()
 
-    def speak_samples(self) -> list[Path]:
-        """Speak SAMPLES with the averaged weights into samples/; [] where the codec is missing or no rank has the whole model."""
-        if self.plan.sharded or not find(self.cfg.codec).exists():
-            return []
-        from audio_io import write_audio
-        from checkpoint import load_codec
-        from config import SamplingConfig
-        from generation import Session
-        codec, paths = load_codec(self.cfg.codec), []
-        check_codec(self.cfg.data, self.codec_fingerprint, codec.fingerprint)
-        self.model.eval()
-        with self.average.applied(), lora.settled(self.model), torch.inference_mode():
-            for number, text in enumerate(SAMPLES):
-                session = Session(self.model, codec.to(self.device), self.data.tokenizer, SamplingConfig(max_seconds=8.0))
-                audio = torch.cat([torch.as_tensor(chunk).flatten().cpu() for chunk in session.speak(0, text)])
-                paths.append(Path(self.cfg.output) / "samples" / f"step{self.step:06d}-{number}.wav")
-                paths[-1].parent.mkdir(parents=True, exist_ok=True)
-                write_audio(paths[-1], audio.float().numpy())
-        self.model.train()
-        return paths
-
     # ---- the loop
 
     def run(self) -> None:
-        """Validate, sample, save, stop, step, log; once more at the end, so that the end needs no code of its own."""
+        """Validate, sample and score, save, stop, step, log; once more at the end, so that the end needs no code of its own."""
         cfg, main = self.cfg, self.ranks.main
         self.metrics = runtime.MetricsLog(cfg.output, to_dict(cfg) | runtime.run_manifest(), cfg.wandb, self.step) if main else None
         self.next_batch = lambda: self.data.draw(self.stage())
@@ -627,10 +612,11 @@ class Trainer:
             while True:
                 last = self.progress >= 1
                 stop = last or self.interrupted
-                if (last or self.due(cfg.eval_every) or self.step == 0) and not self.interrupted:
+                validating = last or self.due(cfg.eval_every) or self.step == 0
+                if validating and not self.interrupted:
                     self._evaluate(keep=self.step > self.first_step)
-                if (last or self.due(cfg.sample_every)) and main and not self.interrupted:
-                    self.speak_samples()
+                if main and not self.interrupted:
+                    self._watch(validating, last)
                 if (main or self.plan.sharded) and (self.due_to_save() or (stop and self.saved_step != self.step)):
                     self.save_or_say(must=stop)
                 if stop:
@@ -642,7 +628,17 @@ class Trainer:
             if main:
                 self.metrics.close()
         if main:
-            plot_losses(Path(cfg.output))
+            watching.plot_losses(Path(cfg.output))
+
+    def _watch(self, validating: bool, last: bool) -> None:
+        """Let the model speak, and be judged, as often as the flags say; what knows nothing yet is not asked."""
+        def wanted(every: int) -> bool:
+            return last or (self.due(every) if every else validating and (self.step > 0 or not self.curriculum))
+        sample, score = wanted(self.cfg.sample_every), wanted(self.cfg.score_every)
+        if not self.plan.sharded:
+            self.watcher.look(self.step, self.metrics, sample, score)
+        elif last and (self.cfg.samples or self.cfg.scored):
+            watching.note("no samples: no rank of a sharded run holds the whole model; python demo.py --checkpoint speaks with its checkpoints")
 
     def _evaluate(self, keep: bool) -> None:
         """Every rank validates (same batches, same result); the first one writes."""
@@ -663,14 +659,17 @@ class Trainer:
         seconds, before, self.clock = now - start, self.clock, now
         self._agree_on_time(now - before)                    # validation and saving count as well
         self.bar.update(1)
+        logged = (self.step - 1) % self.cfg.log_every == 0 or self.progress >= 1
+        additions = watching.additions_now(self.model) if logged and (self.ranks.main or self.plan.sharded) else {}
         if not self.ranks.main:
             return
         if self.step == self.first_step + 2 and not self.cfg.minutes:
             left = (self.cfg.max_steps - self.step) * seconds
             tqdm.write(f"about {runtime.human_time(left)} for the remaining {self.cfg.max_steps - self.step} steps ({seconds:.2f} s each), peak memory so far {runtime.peak_memory_mb() or 0:.0f} MB")
         self.bar.set_postfix_str(f"loss {means['loss']:.3f} c0 {means['c0']:.3f}", refresh=False)
-        if (self.step - 1) % self.cfg.log_every == 0 or self.progress >= 1:
-            self.metrics.log(self.step - 1, kind="train", **means, grad_norm=norm, lr_factor=factor, seconds=seconds, minutes=self.minutes,
+        if logged:
+            rates = dict(zip(("lr", "muon_lr"), (optimiser.param_groups[0]["lr"] for optimiser in reversed(self.optimisers))))
+            self.metrics.log(self.step - 1, kind="train", **means, grad_norm=norm, lr_factor=factor, **rates, **additions, seconds=seconds, minutes=self.minutes,
                              positions_per_second=self.positions * self.ranks.world_size / seconds, padding=self.data.waste)
 
     def _agree_on_time(self, seconds: float) -> None:
@@ -680,38 +679,14 @@ class Trainer:
         self.interrupted = bool(shared[1] > 0)
 
 
-# ----------------------------------------------------------------------------- picture and main
-
-def plot_losses(folder: Path) -> Path | None:
-    """metrics.jsonl -> loss.png; None where there is nothing to draw or no matplotlib."""
-    lines = runtime.read_metrics(folder / "metrics.jsonl")
-    train, held = ([m for m in lines if m.get("kind") == kind] for kind in ("train", "validation"))
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    if not train:
-        return None
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name in ("c0", "depth", "text", "advance", "phones"):
-        if any(m.get(name) is not None for m in train):
-            line, = axes.plot([m["step"] for m in train], [m.get(name) for m in train], label=name, alpha=0.6)
-            axes.plot([m["step"] for m in held], [m.get(f"validation_{name}") for m in held], "o--", color=line.get_color(), label=f"{name} (validation)")
-    axes.set(xlabel="step", ylabel="nats per target", title="Loss")
-    axes.legend(ncols=2, fontsize=8)
-    axes.grid(alpha=0.3)
-    runtime.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=110))
-    return folder / "loss.png"
-
+# ----------------------------------------------------------------------------- main
 
 def set_aside(output: Path) -> None:
     """Move what an earlier run left in `output` to output/previous: a new run must not write over it."""
-    for name in ("last.pt", "best_model.pt", "last.adapter.pt", "metrics.jsonl", "loss.png"):
+    for name in ("last.pt", "best_model.pt", "last.adapter.pt", "metrics.jsonl", "loss.png", "samples"):
         if (output / name).exists():
             (output / "previous").mkdir(exist_ok=True)
+            shutil.rmtree(output / "previous" / name, ignore_errors=True)            # a folder is not written over
             (output / name).replace(output / "previous" / name)
 
 

@@ -32,15 +32,27 @@ STILL = 0.75                    # a score that reaches more on a corruption that
 
 def natural_talks(data, split: str, count: int, seed: int = 0, offset: int = 0) -> list:
     """`count` conversations of the split with several turns, drawn repeatably, as Dialogues (0: all). ValueError where there is none."""
+    found, names = _drawn(data, split, seed)
+    names = names[offset:]
+    if count and len(names) < count:
+        print(f"note: only {len(names)} conversations in the {split} split of {data}, {count} were asked for", file=sys.stderr)
+    return [from_supervisions(name, found[name], data) for name in (names[:count] if count else names)]
+
+
+def each_talk(data, split: str, seed: int = 0):
+    """All of them in the same order, each read when it is asked for."""
+    found, names = _drawn(data, split, seed)
+    return (from_supervisions(name, found[name], data) for name in names)
+
+
+def _drawn(data, split: str, seed: int) -> tuple[dict[str, list], list[str]]:
+    """Supervisions of the conversations of several turns, and their names in an order drawn repeatably."""
     import random
     from dataset_pipeline import read_supervisions
     found = {name: rows for name, rows in read_supervisions(Path(data), split).items() if len(rows) > 1}
     if not found:
         raise ValueError(f"the {split} split of {data} has no conversation of several turns: collect more (python collect_data.py --output {data} --target_hours 1)")
-    names = random.Random(seed).sample(sorted(found), len(found))[offset:]
-    if count and len(names) < count:
-        print(f"note: only {len(names)} conversations in the {split} split of {data}, {count} were asked for", file=sys.stderr)
-    return [from_supervisions(name, found[name], data) for name in (names[:count] if count else names)]
+    return found, random.Random(seed).sample(sorted(found), len(found))
 
 
 def recorded_talks(pairs: list[tuple], turns: int = 6) -> list[Dialogue]:
@@ -116,23 +128,28 @@ def _measured_turn(turn, folder: Path, words: bool, sound: bool) -> dict:
     return found | said
 
 
-def _measured_talk(job: tuple) -> tuple[Dialogue, list[dict]]:
-    """(talk, corruption or None, seed, Listening) -> the conversation without its sound, and its measured turns."""
+def _talk_file(job: tuple) -> Path:
+    talk, kind, seed, how = job
+    key = digest(talk.id, kind, seed if kind else None, how.words, how.sound, sorted(how.listened(len(talk.turns))), [(fingerprint(t.audio), t.speaker, t.text, t.start, t.mood) for t in talk.turns])
+    return Path(how.folder) / f"talk-{key}.json"
+
+
+def _kept_talk(job: tuple) -> tuple[Dialogue, list[dict]] | None:
+    """(talk, corruption or None, seed, Listening) -> the conversation without its sound, and its measured turns; None where it is not kept."""
+    import numpy as np
+    kept, silent = _read(_talk_file(job)), np.zeros(0, np.float32)
+    return kept and (Dialogue(job[0].id, tuple(Turn(speaker, text, silent, start, mood) for speaker, text, start, mood in kept["turns"])), kept["rows"])
+
+
+def _measure_talk(job: tuple) -> None:
+    """Measures one conversation and keeps what was found."""
     import numpy as np
     import runtime
     talk, kind, seed, how = job
-    folder = Path(how.folder)
     listened = how.listened(len(talk.turns))
-    key = digest(talk.id, kind, seed, how.words, how.sound, sorted(listened), [(fingerprint(t.audio), t.speaker, t.text, t.start, t.mood) for t in talk.turns])
-    path = folder / f"talk-{key}.json"
-    kept = _read(path)
-    if kept is None:
-        spoiled = CORRUPTIONS[kind](talk, np.random.default_rng(seed)) if kind else talk
-        rows = [_measured_turn(t, folder, how.words and i in listened, how.sound and i in listened) for i, t in enumerate(spoiled.turns)]
-        kept = {"turns": [[t.speaker, t.text, t.start, t.mood] for t in spoiled.turns], "rows": rows}
-        runtime.write_json(path, kept)
-    silent = np.zeros(0, np.float32)
-    return Dialogue(talk.id, tuple(Turn(speaker, text, silent, start, mood) for speaker, text, start, mood in kept["turns"])), kept["rows"]
+    spoiled = CORRUPTIONS[kind](talk, np.random.default_rng(seed)) if kind else talk
+    rows = [_measured_turn(t, Path(how.folder), how.words and i in listened, how.sound and i in listened) for i, t in enumerate(spoiled.turns)]
+    runtime.write_json(_talk_file(job), {"turns": [[t.speaker, t.text, t.start, t.mood] for t in spoiled.turns], "rows": rows})
 
 
 def _one_thread() -> None:
@@ -144,21 +161,28 @@ def measure(talks: list[Dialogue], how: Listening, kinds: tuple = (None,), seed:
     """kind -> [(conversation without sound, measured turns), ...]; kind None: as they are, else spoiled. Cached, with a bar."""
     from tqdm import tqdm
     jobs = [(talk, kind, [seed, number], how) for kind in kinds for number, talk in enumerate(talks)]
-    with tqdm(total=len(jobs), desc="listening", unit="conversation", disable=len(jobs) < 2, file=sys.stderr) as bar:
-        found = []
-        for result in _spread(jobs, how.jobs):
-            found.append(result)
+    found = list(map(_kept_talk, jobs))
+    missing = [i for i, kept in enumerate(found) if kept is None]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="listening", unit="conversation", disable=len(jobs) < 2, file=sys.stderr) as bar:
+        for i, _ in zip(missing, spread(_measure_talk, [jobs[i] for i in missing], how.jobs)):
+            found[i] = _kept_talk(jobs[i])
             bar.update()
     return {kind: found[k * len(talks):(k + 1) * len(talks)] for k, kind in enumerate(kinds)}
 
 
-def _spread(jobs: list, count: int):
-    if count == 1 or len(jobs) < 2:
-        yield from map(_measured_talk, jobs)
-        return
+def processes(count: int) -> ProcessPoolExecutor:
+    """New processes of one torch thread each."""
     import multiprocessing
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(_measured_talk, jobs)
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+def spread(act, jobs: list, count: int):
+    """act(job) of every job in their order, by so many processes."""
+    if count == 1 or len(jobs) < 2:
+        yield from map(act, jobs)
+        return
+    with processes(min(count, len(jobs))) as pool:
+        yield from pool.map(act, jobs)
 
 
 # ----------------------------------------------------------------------------- fitting the judges

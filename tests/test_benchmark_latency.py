@@ -87,7 +87,8 @@ def test_a_turn_is_answered_from_the_users_sound(spec, item, reply, monkeypatch)
         assert reply == "head" and "speakable" in str(error)
         return
     turns = kept[0].turns
-    assert len(turns) == 2 and turns[0].codes is not None and turns[0].speaker == item["user_speaker"] and turns[1].text == normalise(made["text"])
+    assert turns[0].codes is not None and turns[0].speaker == item["user_speaker"] and " ".join(t.text for t in turns[1:]) == normalise(made["text"])
+    assert (len(turns) == 2 or reply == "head") and made["frames"] == sum(t.num_frames for t in turns[1:]) == len(made["audio"]) // 1920
     assert turns[0].text == {"given": item["user_text"], "written": "hello there"}.get(reply, turns[0].text)
     stages = made["stages"]
     assert list(stages) == ["words of the user", "heard", "reply", "first sound"] and list(stages.values()) == sorted(stages.values())
@@ -142,9 +143,38 @@ def test_random_models_are_made_without_a_first_filling():
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), made.state_dict().values(), strict=True))
 
 
-def test_the_first_sentence_is_what_is_spoken():
-    assert racers.first_sentence("Well, yes. And no.") == "Well, yes." and racers.first_sentence(" no end") == "no end"
+def test_each_sentence_is_spoken_when_it_is_written(spec, item, monkeypatch):
+    """The first sound comes before the second sentence is asked for; while the user speaks the reply is rehearsed."""
+    from generation import Session
+    order = []
+
+    def reply_stream(self, speaker):
+        for piece in ("This is the first one. A", "nd the second."):
+            order.append(piece)
+            yield piece
+    inner, rehearse = Session.speak, racers.Ours._rehearse
+    monkeypatch.setattr(Session, "reply_stream", reply_stream)
+    monkeypatch.setattr(Session, "speak", lambda self, me, text: order.append(text) or inner(self, me, text))
+    monkeypatch.setattr(racers.Ours, "_rehearse", lambda self, clock, listening, me: order.append("rehearsal") or rehearse(self, clock, listening, me))
+    made = racers.Ours(spec | {"reply": "head"}).answer(item)
+    assert order == ["rehearsal"] * (len(racers.blocks(item["user"])) - 1) + ["This is the first one. A", "This is the first one.", "nd the second.", "And the second."]
+    assert made["text"] == "This is the first one. And the second."
+
+
+def test_blocks_are_pieces_of_80_ms():
     assert [len(b) for b in racers.blocks(np.zeros(4000))] == [1920, 1920, 160] and [len(b) for b in racers.blocks(np.zeros(0))] == [0]
+
+
+def test_work_that_is_not_done_in_time_is_a_delay(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(racers.time, "perf_counter", lambda: now[0])
+    clock = racers.Clock()
+    for spent, late in ((0.1, 0.02), (0.09, 0.03), (0.04, 0.0), (0.2, 0.12)):
+        clock.arrive()
+        now[0] += spent
+        clock.work()
+        assert clock.late == pytest.approx(late)
+    assert clock.arrive() == pytest.approx(now[0] - 0.12) and clock.left() == pytest.approx(-0.04) and clock.busy == pytest.approx(0.43)
 
 
 def test_chunks_are_timed_one_by_one():

@@ -66,6 +66,7 @@ COMMANDS = {
     "python checkpoint.py export_csm checkpoints/csm-1b --format transformers --output checkpoints/csm-1b-transformers": ("", ""),
     "python train.py --max_steps 1000": (f"--max_steps 2 {TINY_TRAIN} checkpoints/again", ""),
     "python train.py --resume checkpoints/last.pt --max_steps 2000": ("--max_steps 3 --output checkpoints/longer", ""),
+    "python train.py --max_steps 1000 --samples 3 --sample_every 250 --scored 4 --score_every 500": (f"--max_steps 2 --samples 1 --scored 1 {TINY_TRAIN} checkpoints/watched", ""),
     "python train.py --model_size tiny --from_scratch": (f"--max_steps 1 {TINY_TRAIN} checkpoints/scratch", ""),
     "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
     "python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --lr 3e-4 --output checkpoints/decoder":

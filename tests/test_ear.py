@@ -183,6 +183,7 @@ def test_it_learns_to_read_codes_and_the_rest_stays(data, shipped, tmp_path, mon
     heard = [after.ear.transcribe(sound_of_letters(text)[0][columns] + 1) for text in WORDS]
     assert sum(a == b for a, b in zip(heard, WORDS)) >= 6, heard
     listener = Listener(session)
+    listener._state = session.model.new_state(1)
     listener.codes = [sound_of_letters("good morning.")[0][columns]]
     monkeypatch.setattr(generation, "written_words", lambda: WordModel(["Good mourning."]))
     whole = session.transcribe(listener.codes[0])

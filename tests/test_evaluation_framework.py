@@ -64,12 +64,16 @@ def quick(monkeypatch):
 
 # ----------------------------------------------------------------------------- measuring
 
-def test_what_was_listened_to_is_not_listened_to_again(quick, tmp_path):
+def test_what_was_listened_to_is_not_listened_to_again(quick, tmp_path, monkeypatch):
     talks, how = [make_talk(0), make_talk(1)], validity.Listening(str(tmp_path))
     first = validity.measure(talks, how)[None]
     assert quick["words"] == 12
     again = validity.measure(talks, how)[None]
     assert quick["words"] == 12 and [rows for _, rows in first] == [rows for _, rows in again]
+    with monkeypatch.context() as patch:
+        patch.setattr(validity, "processes", lambda count: pytest.fail("a process for what is kept"))
+        turned = validity.measure(talks[::-1], validity.Listening(str(tmp_path), jobs=2))[None]
+    assert [rows for _, rows in turned] == [rows for _, rows in first][::-1]
     moved = talks[0].with_turns([Turn(t.speaker, t.text, t.audio, t.start + 1, t.mood) for t in talks[0].turns])
     validity.measure([moved], how)
     assert quick["words"] == 12                                             # other times, the same sounds
@@ -258,7 +262,27 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     assert len(result["per_conversation"]["model"]) == 2 and result["turns"] == 8 and model["wer_again"]["n"] == 4
     page = (out / "page.html").read_text()
     assert page.count("<audio") == 5 and result["beside"] == 1 and len(result["per_conversation"]["natural"]) == 1 and all((out / "audio" / f"{c}_000.ogg").stat().st_size > 1000 for c in result["conditions"])
+    with monkeypatch.context() as patch:                                      # all of it is kept: nobody listens again, and the figures are the same
+        patch.setattr(metrics, "transcribe_again", lambda *more: pytest.fail("heard again"))
+        patch.setattr(metrics.judges, "transcribe", lambda *more: pytest.fail("listened again"))
+        assert evaluation_framework.main(words) == 0 and json.loads((out / "results.json").read_text())["conditions"] == result["conditions"]
     assert "pipeline: source TTS" in page and "data:image/png" in page and "nan" not in re.sub("base64,[^\"]+", "", page).lower()
+
+
+def test_conversations_of_several_places_stay_apart(tmp_path, monkeypatch):
+    """Each collection counts its conversations from 0: the same name, another person."""
+    import evaluation_run
+    monkeypatch.setattr(validity, "natural_talks", lambda data, split, *more: [make_talk(0 if split == "test" else 1)])
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    one, two = str(tmp_path / "a"), f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+    assert [t.id for t in evaluation_run.natural_of(one, "test", 0)] == [make_talk(0).id]
+    found = evaluation_run.natural_of(two, "test, validation", 0)
+    assert len({t.id for t in found}) == 4 and not {s for t in found[:2] for s in t.speakers} & {s for t in found[2:] for s in t.speakers}
+    assert [x.audio is y.audio or (x.audio == y.audio).all() for x, y in zip(found[2].turns, make_talk(0).turns)]
+    for data, split, named in ((f"{one},{tmp_path / 'none'}", "test", "none"), (one, "tset", "--split tset")):
+        with pytest.raises(ValueError, match=named):
+            evaluation_run.natural_of(data, split, 0)
 
 
 def test_a_file_of_conversations_has_no_topline(humming, tmp_path, capsys):
@@ -378,6 +402,31 @@ def test_the_model_speaks_through_the_demo(tmp_path):
     other = argparse.Namespace(**vars(args) | {"temperature": 0.123})
     assert evaluation_run.Speaker(other).settings() != speaker.settings()
     assert len(list(Path(tmp_path).glob("made-*.npz"))) == 1
+
+
+def test_several_processes_speak_as_one_does_and_what_was_said_is_not_said_again(tmp_path, capsys):
+    import checkpoint
+    import config
+    from architecture import CSM
+    from rvq_tokenizer import Codec
+    codec = Codec(config.CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, width=16, latent=16, encoder_layers=1, latent_layers=1, decoder_layers=3, num_mels=20,
+                                     num_low_bins=16, num_bands=20))
+    model = CSM(config.model_preset("test"))
+    model.init_weights()
+    checkpoint.save_codec(codec, tmp_path / "codec")
+    checkpoint.save_pretrained(model, tmp_path / "model", codec_fingerprint=codec.fingerprint)
+    plans = [demo.Conversation(text, [demo.PlannedTurn("a", text)]) for text in ("Hello.", "Hi there.", "Good morning.")]
+    made = {}
+    for jobs in ("1", "2"):
+        args = evaluation_framework.build_parser().parse_args(["run", "--checkpoint", str(tmp_path / "model"), "--codec", str(tmp_path / "codec"), "--max_seconds", "0.4", "--jobs", jobs])
+        speaker, folder = evaluation_run.Speaker(args), tmp_path / f"jobs{jobs}"
+        made[jobs] = evaluation_run.model_talks(args, speaker, plans, folder)
+        assert (speaker._lab is None) == (jobs == "2") and len(list(folder.glob("made-*.npz"))) == 3     # others spoke: no weights were loaded here
+    assert [t.id for t in made["2"]] == ["Hello.", "Hi there.", "Good morning."]
+    assert all(np.array_equal(a.turns[0].audio, b.turns[0].audio) for a, b in zip(made["1"], made["2"]))
+    args.checkpoint = "none"                                                   # nobody speaks what is kept
+    again = evaluation_run.model_talks(args, speaker, plans, folder)
+    assert all(np.array_equal(a.turns[0].audio, b.turns[0].audio) for a, b in zip(again, made["2"])) and "3/3" in capsys.readouterr().err
 
 
 def test_the_section_of_the_results_says_what_was_found(humming, tmp_path, monkeypatch):

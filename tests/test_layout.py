@@ -17,19 +17,19 @@ RANKS = {"config": 0, "small_language_model": 0,
          "layers": 2, "parallel": 2, "optimisers": 2, "endpointing": 2, "speech_formats": 2, "watermark": 2, "corpora": 2, "shards": 2, "judges": 2,
          "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "ear": 3, "csm_weights": 3, "filters": 3, "segmentation": 3,
          "architecture": 4, "data_plan": 4, "record_script": 4,
-         "checkpoint": 5, "synthetic_conversations": 5, "frame_step": 5, "turns": 5, "depth_graph": 5, "quantisation": 5, "dialogue": 5, "turn_taking": 5,
+         "checkpoint": 5, "synthetic_conversations": 5, "frame_step": 5, "writing": 5, "turns": 5, "depth_graph": 5, "quantisation": 5, "dialogue": 5, "turn_taking": 5,
          "data_report": 5, "people": 5,
          "codec_tools": 6, "collect_data": 6, "dataset_pipeline": 6, "generation": 6, "lora": 6, "listening": 6, "classic_pipeline": 6, "corruptions": 6,
          "prosody": 6,
          "measuring": 7, "recordings": 7, "codec_data": 7, "report": 7, "draw_codes": 7, "batching": 7, "speculative": 7, "racers": 7, "conversation_metrics":
          7, "evaluation_page": 7,
-         "demo": 8, "train": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
+         "demo": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
          8, "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "benchmark_watermark": 8, "train_watermark": 8, "pronunciation": 8,
          "validity": 8, "benchmark_people": 8,
-         "responders": 9, "train_ear": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
-         "serve_gate": 10, "evaluation_framework": 10,
-         "serve_socket": 11, "benchmark_evaluation": 11,
-         "serve_app": 12, "benchmark": 12,
+         "responders": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
+         "serve_gate": 10, "evaluation_framework": 10, "watching": 10,
+         "serve_socket": 11, "benchmark_evaluation": 11, "train": 11,
+         "serve_app": 12, "benchmark": 12, "train_ear": 12,
          "serve": 13}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}

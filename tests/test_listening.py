@@ -1,4 +1,5 @@
 """Streamed listening against offline listening, barge-in against having said only so much, pieces of 20 ms."""
+import copy
 import dataclasses
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import listening
 from architecture import CSM
 from config import CodecConfig, SamplingConfig, model_preset
-from generation import Session, Turn, generate_slow, turn_rows
+from generation import Session, Turn, generate_slow, generate_text, turn_rows
 from listening import Listener, cut_off, heard_part, listen, read_text
 from rvq_tokenizer import Codec
 from text_tokenizer import ByteTokenizer
@@ -176,8 +177,21 @@ def test_without_a_transcript_the_text_head_writes(model, codec):
     listener.feed(sound())
     length = listener._state.length
     assert isinstance(listener.partial(), str) and listener._state.length == length
+    rest = talk(model, codec)
+    for _ in listener.rehearse(1):                             # a draft of what was heard so far, and of the reply
+        pass
+    listener.feed(sound(2.6, 1))
+    for _ in listener.rehearse(1):
+        pass
+    passes = []
+    hook = model.text_head.register_forward_pre_hook(lambda module, given: passes.append(1))
     turn = listener.finish()
-    assert turn.text == session.transcribe(turn.codes, 0)
+    hook.remove()
+    oracle = Listener(rest, 0)
+    oracle.feed(np.concatenate([sound(), sound(2.6, 1)]))
+    ids = generate_text(model, TOKENIZER, oracle._ended(copy.copy(oracle._state)), [TOKENIZER.transcript], oracle._number, 25, 0.0)
+    assert turn.text == TOKENIZER.decode(ids).lower() and len(passes) < len(turn.text) / 2 and torch.equal(turn.codes, torch.cat(oracle.codes, 1))
+    assert session._rehearsed and session.reply_text(1)
 
 
 # ----------------------------------------------------------------------------- barge-in

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+import generation
+import listening
 import live
+import responders
 from architecture import CSM
+from audio_io import resample
 from batching import BatchingEngine, EngineFull
 from config import BatchingConfig, CodecConfig, LiveConfig, SamplingConfig, model_preset
 from generation import Session
-from listening import heard_part
+from listening import heard_part, listen
 from live import MODEL, USER, Closed, Ears, LiveConversation, cut_turn, heard_words, sentences
 from responders import Words
 from rvq_tokenizer import Codec
@@ -57,10 +61,10 @@ class Says:
 class Talk:
     """A LiveConversation and what comes out of it."""
 
-    def __init__(self, parts, responder, heard=(), emit=None, **settings):
+    def __init__(self, parts, responder, heard=(), emit=None, sampling=SHORT, rate=RATE, **settings):
         self.events, self.heard, self.written, self.pcm = queue.Queue(), list(heard), 0, []
-        self.engine, self.ears = BatchingEngine(*parts, TOKENIZER, BatchingConfig(ahead_seconds=60.0), SHORT), Ears(self.transcribe)
-        self.live = LiveConversation(lambda: Session(*parts, TOKENIZER, SHORT), self.engine, responder, self.ears, emit or self.emit, sample_rate=RATE,
+        self.engine, self.ears = BatchingEngine(*parts, TOKENIZER, BatchingConfig(ahead_seconds=60.0), sampling), Ears(self.transcribe)
+        self.live = LiveConversation(lambda: Session(*parts, TOKENIZER, sampling), self.engine, responder, self.ears, emit or self.emit, sample_rate=rate,
                                      cfg=LiveConfig(**({"ahead_seconds": 60.0, "partial_seconds": 0.0, "user_sound": False} | settings)), vad=Loud())
 
     def transcribe(self, audio, rate):
@@ -122,7 +126,8 @@ def test_a_typed_turn_is_answered_sentence_by_sentence(parts):
         np.testing.assert_allclose(np.frombuffer(b"".join(talk.pcm), "<i2") / 32767, np.concatenate([t.audio for t in talk.live.session.turns[1:]]), atol=1e-4)
 
 
-def test_the_first_sentence_is_spoken_before_the_second_is_written(parts):
+@pytest.mark.parametrize("on_model", [False, True])
+def test_the_first_sentence_is_spoken_before_the_second_is_written(parts, on_model):
     heard = threading.Event()
 
     def slowly():
@@ -130,13 +135,29 @@ def test_the_first_sentence_is_spoken_before_the_second_is_written(parts):
         yield "And"
         assert heard.wait(30)
         yield " the second."
-    with Talk(parts, Says(slowly())) as talk:
+    responder = Says(slowly())
+    responder.on_model = on_model
+    with Talk(parts, responder) as talk:
         talk.live.type("go on")
         talk.until("reply_started")
         while talk.events.get(timeout=30)["type"] != "audio":
             pass
         heard.set()
         assert talk.until("reply_done")[-1]["text"] == "The first sentence. And the second."
+
+
+def test_the_text_heads_reply_is_spoken_as_it_is_written(parts):
+    """All of it is what the head would have written at once, though its sentences were spoken in between."""
+    greedy = dataclasses.replace(SHORT, text_temperature=0.0)
+    alone = Session(*parts, TOKENIZER, greedy)
+    alone.add_turn(USER, "hello")
+    whole = alone.reply_text(MODEL)
+    with Talk(parts, responders.make("model"), sampling=greedy) as talk:
+        pieces, stream = [], talk.live.responder.stream
+        talk.live.responder.stream = lambda *asked: (pieces.append(piece) or piece for piece in stream(*asked))
+        talk.live.type("hello")
+        said = talk.until("reply_done", "error")[-1]
+        assert "".join(pieces) == whole and len(pieces) > 5 and said["text"] == " ".join(part for part, _ in sentences([whole]) if live.speakable(part))
 
 
 @pytest.mark.parametrize("piece", [480, 1111])
@@ -159,6 +180,119 @@ def test_the_model_hears_the_users_voice_where_it_is_told_to(parts):
         talk.until("reply_done")
         turn = talk.live.session.turns[0]
         assert turn.heard and turn.num_frames == 7 and turn.text == "i lost my keys."                  # half a second and what fills the frame
+
+
+def say(talk, sound, piece=1920):
+    """As a microphone does; then all that the engine was given is in its states."""
+    for at in range(0, len(sound), piece):
+        talk.live.hear(sound[at:at + piece])
+        time.sleep(0.002)
+
+
+def opened(talk, seconds=30):
+    """The utterance that is being heard, once it is."""
+    until = time.monotonic() + seconds
+    while talk.live._said is None or talk.live._said.hearing is None:
+        assert time.monotonic() < until, "nobody hears"
+        time.sleep(0.005)
+    return talk.live._said
+
+
+GREEDY = dataclasses.replace(SHORT, temperature=0.0, depth_temperature=0.0)
+
+
+def noise(ms, seed=0):
+    return (0.2 * np.random.default_rng(seed).standard_normal(RATE * ms // 1000)).astype(np.float32)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("rate", [24000, 16000])
+def test_a_turn_heard_while_it_is_said_equals_one_heard_when_it_is_over(parts, streamed, rate, monkeypatch):
+    """The oracle is listening.listen on the sound that the endpointer gives."""
+    heard, ends = [], []
+    monkeypatch.setattr(listening, "RESERVE_SECONDS", 1.0)         # so that the preset's small window need not give up turns for sound that never comes
+    monkeypatch.setattr(live, "listen", lambda *arguments: heard.append(1) or listen(*arguments))
+    with Talk(parts, Says(["Very well."], ["I see."]), heard=["how are you?", "and now?"], sampling=GREEDY, rate=rate, user_sound=True, stream_sound=streamed) as talk:
+        push = talk.live.ear.push
+        monkeypatch.setattr(talk.live.ear, "push", lambda samples: [ends.append(e.audio) or e if e.kind == "end" else e for e in push(samples)])
+        for turn in range(2):
+            sound = resample(np.concatenate([rest(300), noise(900, turn), rest(1000)]), RATE, rate)
+            say(talk, sound[:len(sound) // 3])
+            if streamed:
+                opened(talk)
+            say(talk, sound[len(sound) // 3:])
+            talk.live.played(1000 * talk.until("reply_done")[-1]["duration_s"])
+        alone = Session(*parts, TOKENIZER, GREEDY)
+        for audio, (words, reply) in zip(ends, (("how are you?", "Very well."), ("and now?", "I see."))):
+            listen(alone, USER, resample(audio, rate, RATE), words)
+            alone.say(MODEL, reply)
+        turns = talk.live.session.turns
+        assert [t.text for t in turns] == [t.text for t in alone.turns] and len(turns) == 4 and turns[0].heard and turns[0].num_frames > 10
+        assert [torch.equal(a.codes, b.codes) for a, b in zip(turns, alone.turns)] == 4 * [True], "what was heard and what was answered to it"
+        assert len(heard) == (0 if streamed else 2)
+
+
+def test_frames_are_in_the_session_before_the_turn_is_over(parts):
+    with Talk(parts, Says(["I see."]), heard=["I lost my keys."], user_sound=True) as talk:
+        say(talk, voice(600))
+        said = opened(talk)
+        say(talk, voice(400))
+        listener, until = said.hearing._lane.listener, time.monotonic() + 30
+        while listener.num_frames < 12 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert listener.num_frames == 12 and listener._state.length >= 12 and talk.live.ear.speaking and not talk.live.session.turns
+        say(talk, rest(1000))
+        talk.until("reply_done")
+        assert talk.live.session.turns[0].num_frames > 12
+
+
+def test_what_is_no_turn_is_forgotten(parts):
+    """Untranscribable speech leaves the session free and as it was."""
+    with Talk(parts, Says(["Yes."]), heard=[" ", "hello"], user_sound=True) as talk:
+        for words in range(2):
+            say(talk, voice(500))
+            opened(talk)
+            say(talk, rest(1000))
+            talk.until("transcript" if words == 0 else "reply_done")
+        assert [t.text for t in talk.live.session.turns] == ["hello", "yes."] and talk.live._said is None
+
+
+def test_a_typed_turn_comes_first_and_what_is_being_said_is_heard_when_it_is_over(parts):
+    with Talk(parts, Says(["Yes."], ["No."]), heard=["I lost my keys."], user_sound=True) as talk:
+        say(talk, voice(500))
+        said = opened(talk)
+        talk.live.type("one")
+        talk.live.played(1000 * talk.until("reply_done")[-1]["duration_s"])
+        assert said.hearing is None
+        say(talk, np.concatenate([voice(300), rest(1000)]))
+        talk.until("reply_done")
+        assert [t.text for t in talk.live.session.turns] == ["one", "yes.", "i lost my keys.", "no."] and talk.live.session.turns[2].num_frames >= 10
+
+
+def test_a_long_turn_is_heard_when_it_is_over(parts):
+    with Talk(parts, Says(["Yes."]), heard=["a long one"], user_sound=True, user_seconds=0.5) as talk:
+        say(talk, voice(300))
+        said = opened(talk)
+        say(talk, np.concatenate([voice(600), rest(1000)]))
+        talk.until("reply_done")
+        assert said.hearing is None and talk.live.session.turns[0].num_frames == 7
+
+
+def test_who_interrupts_is_heard_after_the_reply_was_cut(parts):
+    """While the reply is made the session cannot hear: the sound waits, the reply is cut to what was heard of it, and then the beginning is caught up with."""
+    with Talk(parts, Says(REPLY, ["Yes."]), heard=["stop it"], user_sound=True) as talk:
+        talk.live.type("tell me")
+        talk.until("reply_done")
+        say(talk, voice(400))
+        assert talk.until("interrupted")
+        talk.live.played(0)
+        said = opened(talk)
+        say(talk, voice(200))
+        assert said.fed >= RATE // 2 and [t.text for t in talk.live.session.turns] == ["tell me"]
+        say(talk, rest(1000))
+        talk.until("reply_done")
+        turns = talk.live.session.turns
+        assert [t.text for t in turns] == ["tell me", "stop it", "yes."] and turns[1].heard and turns[1].num_frames >= 8
 
 
 def test_partial_transcripts_while_somebody_speaks_on(parts):
@@ -449,7 +583,7 @@ def test_sentences_come_as_soon_as_they_are_whole():
 def test_sentences_have_their_mood_and_no_more_than_so_many_letters():
     assert list(sentences([Words.of("We won the whole race! We did.", "excited")])) == [("We won the whole race!", "excited"), ("We did.", "excited")]
     long = [text for text, _ in sentences(("word " for _ in range(1000)))]
-    assert sum(map(len, long)) <= live.REPLY_CHARACTERS and all(len(text) <= 240 for text in long)
+    assert sum(map(len, long)) <= generation.REPLY_CHARACTERS and all(len(text) <= 240 for text in long)
 
 
 def test_settings_name_their_flag():

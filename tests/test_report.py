@@ -87,6 +87,22 @@ def test_training_and_steps(tmp_path):
     assert text.index("</i>setup") < text.index("</i>train") and "77 s" not in text       # in order, finished steps only
 
 
+def test_samples_of_a_training_stand_over_its_steps(tmp_path):
+    import audio_io
+    for step in range(0, 700, 100):
+        folder = tmp_path / f"ckpt/samples/step_{step:06d}"
+        folder.mkdir(parents=True)
+        audio_io.write_audio(folder / "1.wav", 0.3 * np.sin(np.arange(RATE // 2) / 10), RATE)
+        (folder / "samples.json").write_text(json.dumps([{"text": "A <held> line.", "audio": "1.wav", "ended": step > 0}, {"text": "gone", "audio": "2.wav", "ended": True}]))
+    rows = [{"step": s, "kind": "evaluation", "evaluation/words": w, "evaluation/mood": None, "evaluation/seconds": 3.0} for s, w in ((100, 0.25), (600, 0.75))]
+    (tmp_path / "ckpt/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"step": 0, "loss": 1.0}, *rows]))
+    text, _ = run(tmp_path)
+    assert text.count("data:audio/mpeg") == 5 and re.findall(r"<figcaption>step (\d+)", text) == ["0", "200", "300", "400", "600"]         # the first and the last among them
+    assert "A &lt;held&gt; line." in text and "gone" not in text and text.count("(cut off)") == 1 and 'href="#samples"' in text
+    assert "score: words" in text and ">0.75<" in text and "score: mood" not in text and "score: seconds" not in text
+    assert 'id="samples"' not in run(tmp_path / "none")[0]
+
+
 def test_empty_folder_gives_a_page_that_says_not_yet(tmp_path):
     text, numbers = run(tmp_path)
     assert text.count("Not yet.") == 3 and "python demo.py --mode test" in text and numbers["conversations"] == []

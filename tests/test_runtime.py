@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -178,3 +179,57 @@ def test_the_attention_backend_is_measured_and_told(monkeypatch):
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+# Large blocks come and go between small ones that stay, as a conversation's do. What glibc keeps of them is counted in MB.
+FRAGMENTS = """
+import ctypes, runtime
+import numpy as np
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Info
+{}
+np.ones(2_500_000)                                     # 20 MB are freed: by itself glibc takes blocks of that size from its heap from now on
+large, small = [], []
+for _ in range(10):
+    large.append(np.ones(500_000))
+    small.append(bytes(100_000))
+large.clear()
+print(libc.mallinfo2().fordblks / 1e6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is set")
+def test_freed_memory_is_given_back_where_small_blocks_stay_between():
+    def kept(setting: str) -> float:
+        code = FRAGMENTS.format(setting)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        return float(subprocess.run([sys.executable, "-c", code], cwd=runtime.ROOT, env=clean, capture_output=True, text=True, check=True).stdout)
+    assert kept("") > 35.0, "what is mended here is still so"
+    assert kept("assert runtime.return_freed_memory()") < 5.0
+
+
+# Blocks below the thresholds, every other one freed: only resident memory shows that their pages went back.
+HOLES = """
+import re, time, runtime
+{}
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+blocks = [bytearray(b"x" * 60_000) for _ in range(2000)]
+full = resident()
+del blocks[::2]
+end = time.monotonic() + 5
+while time.monotonic() < end and full - resident() < 40:
+    time.sleep(0.02)
+print(full - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is set")
+def test_pages_between_blocks_in_use_go_back_too():
+    def given_back(setting: str) -> float:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        return float(subprocess.run([sys.executable, "-c", HOLES.format(setting)], cwd=runtime.ROOT, env=clean, capture_output=True, text=True, check=True).stdout)
+    assert given_back("") < 10.0, "what is mended here is still so"
+    assert given_back("assert runtime.return_freed_memory(0.1)") > 40.0

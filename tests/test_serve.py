@@ -103,6 +103,15 @@ def speech(client, **body):
     return client.post("/v1/audio/speech", json={"input": "Hello there.", "response_format": "pcm"} | body)
 
 
+# ----------------------------------------------------------------------------- loading
+
+def test_what_is_freed_goes_back_to_the_system(weights, monkeypatch):
+    called = []
+    monkeypatch.setattr("runtime.return_freed_memory", lambda: called.append(True))
+    serve.load(serve.build_parser().parse_args(weights)).close()
+    assert called == [True]
+
+
 # ----------------------------------------------------------------------------- facts
 
 def test_what_is_there(client):

@@ -53,14 +53,11 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data"))
 
 
-speak_samples = train.Trainer.speak_samples
-
-
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """No lexicon file and no audio samples: other tests have them."""
+    """No lexicon file and no audio samples: tests/test_watching.py has them."""
     monkeypatch.setattr(train, "load_lexicon", lambda *a: None)
-    monkeypatch.setattr(train.Trainer, "speak_samples", lambda self: [])
+    monkeypatch.setattr(train.watching.Watcher, "look", lambda self, *what: None)
 
 
 def settings(folder, output, **changes):
@@ -517,25 +514,6 @@ def test_full_disk_is_said_before_the_work(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.runtime, "free_disk_mb", lambda folder: 0.5)
     assert train.main(flags(settings(data, tmp_path / "out"))) == 2
     assert "free some space" in capsys.readouterr().err
-
-
-def test_samples_are_spoken_with_the_averaged_weights(tmp_path, monkeypatch):
-    from audio_io import read_audio
-    from config import CodecConfig
-    from rvq_tokenizer import Codec
-    fingerprint = checkpoint.save_codec(Codec(CodecConfig(width=32, latent=32, codebook_size=64)), tmp_path / "codec")
-    monkeypatch.setattr(train, "SAMPLES", ("Hi.",))
-    data = write_tokens(tmp_path / "data", fingerprint, conversations=1)
-    trainer = train.Trainer(settings(data, tmp_path / "out", codec=str(tmp_path / "codec")))
-    weights = [p.detach().clone() for p in trainer.model.parameters()]
-    path, = speak_samples(trainer)
-    assert 0 < len(read_audio(path)) <= 8.1 * 24000 and trainer.model.training
-    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters()))
-    other = train.Trainer(settings(write_tokens(tmp_path / "other", conversations=1), tmp_path / "out", codec=str(tmp_path / "codec")))
-    with pytest.raises(ValueError, match="fingerprint"):
-        speak_samples(other)
-    other.cfg.codec = str(tmp_path / "none")
-    assert speak_samples(other) == []
 
 
 def test_lexicon_words_are_padded():
