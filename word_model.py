@@ -70,10 +70,10 @@ class WordModel:
 @dataclass(frozen=True)
 class Weights:
     """How much the word model counts."""
-    words: float = 0.5        # of its log-probabilities
-    each: float = 1.0         # for every word, against a liking for few
-    unknown: float = -1.5     # for every letter from where no known word begins like that
-    beam: int = 24
+    words: float = 0.4        # of its log-probabilities
+    each: float = 2.0         # for every word, against a liking for few
+    unknown: float = -3.0     # for every letter from where no known word begins like that
+    beam: int = 12
     least: float = -8.0       # letters less likely than this (log) are not tried
 
 
