@@ -22,7 +22,8 @@ from pathlib import Path
 
 from measuring import percentiles, show, table
 
-PARTS = ("turns", "filters", "broken", "kills", "scale", "many")
+PARTS = {"turns": "conversations turns", "filters": "clips heard", "broken": "", "kills": "kills files", "scale": "files shard pools batch_positions hours codec",
+         "many": "files shard many codec"}                                  # what is measured, and the flags that it depends on besides the shared ones
 CODE = ("benchmark_people", "people", "segmentation", "filters", "collect_data", "dataset_pipeline", "shards")      # what the figures depend on
 VOICES = ("es", "fr", "it", "ru")
 SOUNDS_ONLY = re.compile(r"beep|silence|tt-|monkey|music|digits|phonetic|letters|dtmf|ring|tone|busy|weasel")
@@ -287,22 +288,21 @@ def bench_kills(args, voices: dict) -> dict:
         start = time.monotonic()
         if _collector(mine, Path(folder) / "whole").wait():
             raise ValueError("the collector fails on the test recordings: run it by hand to see why")
-        whole, kills, killed, seen = time.monotonic() - start, 0, 0, []
-        while kills < args.kills:
-            process = _collector(mine, Path(folder) / "parts")
+        whole, killed, starts = time.monotonic() - start, 0, 0
+        while killed < args.kills and starts < 4 * args.kills:
+            process, starts = _collector(mine, Path(folder) / "parts"), starts + 1
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * whole)
-            kills, killed = kills + 1, killed + (process.poll() is None)
+                process.wait(rng.uniform(0.2, 0.8) * whole)
+            killed += process.poll() is None                               # one that had ended by itself was not killed
             process.send_signal(signal.SIGKILL)
             process.wait()
             index = Path(folder) / "parts/index.jsonl"
-            seen.append(index.read_bytes().count(b"\n") if index.is_file() else 0)
-            if seen[-1] > args.files:                                      # all done: begin anew, so that kills fall into work
+            if index.is_file() and index.read_bytes().count(b"\n") > args.files:                # all done: begin anew, so that kills fall into work
                 shutil.rmtree(Path(folder) / "parts")
         _collector(mine, Path(folder) / "parts").wait()
         one, two = (_content(Path(folder) / name) for name in ("whole", "parts"))
         ids = [json.loads(line)["id"] for line in (Path(folder) / "parts/index.jsonl").read_text().splitlines()[1:]]
-    return {"files": args.files, "kills": kills, "killed_at_work": killed, "conversations": len(ids), "lost": len(set(one) - set(two)), "added": len(set(two) - set(one)),
+    return {"files": args.files, "kills": killed, "starts": starts, "conversations": len(ids), "lost": len(set(one) - set(two)), "added": len(set(two) - set(one)),
             "doubled": len(ids) - len(set(ids)), "changed": sum(one[k] != two[k] for k in set(one) & set(two)), "undisturbed_s": whole}
 
 
@@ -478,7 +478,7 @@ def loading(args, folder: Path) -> dict:
 def kept(args, part: str, bench, voices: dict):
     """The part's figures, from an earlier run where neither code nor flags have changed since."""
     import runtime
-    about = {k: v for k, v in vars(args).items() if k not in ("results", "parts", "save", "what")}
+    about = {k: getattr(args, k) for k in ("prompts", "data", "split", "seed", *PARTS[part].split())}
     code = hashlib.sha256(b"".join((runtime.ROOT / f"{name}.py").read_bytes() for name in CODE)).hexdigest()
     path = Path(args.save) / f"{part}-{hashlib.sha256(json.dumps([about, code], sort_keys=True, default=str).encode()).hexdigest()[:12]}.json"
     if not path.exists():
@@ -528,7 +528,7 @@ def people_body(r: dict) -> str:
             body.append(table(["prompts written down by the ASR", "clips", "kept", "left out because"], [[k, str(v["clips"]), show(v["kept"], 2, True), ", ".join(f"{n} {why}" for why, n in v["reasons"].items()) or "-"] for k, v in f["kept"].items()]))
     if r["kills"]:
         k = r["kills"]
-        body.append(f"Collector killed {k['kills']} times at random ({k['killed_at_work']} while at work) over {k['files']} files: {k['lost']} files lost, {k['added']} added, {k['doubled']} conversations doubled, "
+        body.append(f"Collector killed at work {k['kills']} times at random (of {k['starts']} starts) over {k['files']} files: {k['lost']} files lost, {k['added']} added, {k['doubled']} conversations doubled, "
                     f"{k['changed']} files changed.")
     if r["broken"]:
         b = r["broken"]

@@ -21,7 +21,7 @@ def voices():
 
 
 def args_of(tmp_path, weights=None, **changes):
-    given = {"codec": str(weights / "codec") if weights else "", "files": 3, "seed": 0, "many": 0.03, "hours": 0.01, "shard": 4, "save": str(tmp_path / "save"), "parts": "broken", "results": "", "what": "people"}
+    given = {"codec": str(weights / "codec") if weights else "", "files": 3, "seed": 0, "many": 0.03, "hours": 0.01, "shard": 4, "save": str(tmp_path / "save"), "prompts": "", "data": "", "split": "test", "parts": "broken", "results": "", "what": "people"}
     return SimpleNamespace(**given | changes)
 
 
@@ -65,13 +65,39 @@ def test_figures_are_kept_until_code_or_flags_change(tmp_path, monkeypatch):
     def measure(args, voices):
         asked.append(1)
         return {"n": len(asked)}
-    assert [bench.kept(args, "broken", measure, {})["n"] for _ in range(2)] == [1, 1]
-    args.results = "elsewhere.md"
-    assert bench.kept(args, "broken", measure, {})["n"] == 1
+    assert [bench.kept(args, "many", measure, {})["n"] for _ in range(2)] == [1, 1]
+    args.results, args.clips = "elsewhere.md", 9
+    assert bench.kept(args, "many", measure, {})["n"] == 1
     args.files = 4
-    assert bench.kept(args, "broken", measure, {})["n"] == 2
+    assert bench.kept(args, "many", measure, {})["n"] == 2
     monkeypatch.setattr(bench, "CODE", ("config",))
-    assert bench.kept(args, "broken", measure, {})["n"] == 3
+    assert bench.kept(args, "many", measure, {})["n"] == 3
+
+
+def test_twenty_kills_are_twenty_kills_at_work(tmp_path, monkeypatch):
+    """A collector that had ended by itself is not counted; what ends every time does not go on for ever."""
+    class Process:
+        def __init__(self, out):
+            self.ended, self.out = next(ends), out
+
+        def wait(self, timeout=None):
+            if timeout and not self.ended:
+                raise bench.subprocess.TimeoutExpired("collector", timeout)
+            self.out.mkdir(exist_ok=True)
+            (self.out / "index.jsonl").write_text('{"settings": {}}\n{"id": "a"}\n')
+
+        def poll(self):
+            return 0 if self.ended else None
+
+        def send_signal(self, number):
+            pass
+    ends = iter([True, True, False, True, False, True])                            # undisturbed; then two at work of four; the last one ends
+    monkeypatch.setattr(bench, "_collector", lambda mine, out: Process(out))
+    monkeypatch.setattr(bench, "recordings_for", lambda *a: None)
+    found = bench.bench_kills(args_of(tmp_path, kills=2), {})
+    assert (found["kills"], found["starts"], found["lost"], found["added"], found["doubled"], found["conversations"]) == (2, 4, 0, 0, 0, 1)
+    ends = iter([True] * 20)
+    assert bench.bench_kills(args_of(tmp_path, kills=2), {})["starts"] == 8
 
 
 def test_bars_are_met_missed_or_not_measured():
