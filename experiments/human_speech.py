@@ -49,7 +49,8 @@ TURNS = 6                        # of a conversation
 SECONDS = (1.0, 12.0)            # of a prompt
 HELD_OUT = 10                    # every so many-th prompt is not trained on
 LOUDNESS = -23.0                 # LUFS, as collect_data.py levels people
-LATIN = dict(zip("абвгдезийклмнопрстуфыэ", "abvgdeziiklmnoprstufye")) | {"ё": "yo", "ж": "zh", "х": "kh", "ц": "ts", "ч": "ch", "ш": "sh", "щ": "shch", "ю": "yu", "я": "ya", "ъ": "", "ь": ""}
+LETTERS = "a b v g d e zh z i i k l m n o p r s t u f kh ts ch sh shch - y - e yu ya"      # of the Russian alphabet in order; - has no sound
+LATIN = {chr(0x430 + k): letters.strip("-") for k, letters in enumerate(LETTERS.split())} | {chr(0x451): "yo"}
 
 
 def build_parser() -> Parser:
