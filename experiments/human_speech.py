@@ -67,7 +67,7 @@ def build_parser() -> Parser:
     parser.add_argument("--transcripts", default="", metavar="FILE", help="what they say; default the English table of --texts")
     parser.add_argument("--conversations", type=int, default=330, help="of people; default %(default)s")
     parser.add_argument("--share", type=float, default=0.4, help="of people's turns in training; default %(default)s")
-    parser.add_argument("--steps", type=int, default=150, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=120, help="default %(default)s")
     parser.add_argument("--batch_positions", type=int, default=4096, help="default %(default)s")
     parser.add_argument("--lr_scale", type=float, default=0.1, help="of the learning rates of a new model (train.py --init_lr_scale); default %(default)s")
     parser.add_argument("--turns", type=int, default=24, help="sentences after a person, of each kind; default %(default)s")
