@@ -266,6 +266,18 @@ def _set_malloc(settings: dict[int, int]) -> bool:
         return False
 
 
+def release_freed_memory() -> bool:
+    """Give what glibc keeps of freed blocks back to the system: after work on arrays of ever other sizes its heap is full of holes and grows. Returns whether it could be asked to."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return True
+    except (OSError, AttributeError):                         # another C library
+        return False
+
+
 # ----------------------------------------------------------------------------- what ran where
 
 def peak_memory_mb() -> float | None:
