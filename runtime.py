@@ -248,11 +248,9 @@ def return_freed_memory(every: float = 15.0) -> bool:
 
 
 def _trim_for_ever(every: float) -> None:
-    import ctypes
-    libc = ctypes.CDLL("libc.so.6")
     while True:
         time.sleep(every)
-        libc.malloc_trim(0)                                    # pages between blocks that are in use, of every heap
+        release_freed_memory()                                 # pages between blocks that are in use, of every heap
 
 
 def _set_malloc(settings: dict[int, int]) -> bool:
