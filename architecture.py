@@ -680,8 +680,9 @@ class CSM(nn.Module):
 
     @staticmethod
     def _ctc(logits: Tensor, lengths: Tensor, phones: Tensor) -> tuple[Tensor, int]:
-        """logits (R, T, phones), lengths (R,), phones (R, P) padded with 0 -> summed CTC loss, number of phones."""
+        """logits (R, T, phones), lengths (R,), phones (R, P) padded with 0 -> summed CTC loss, number of phones. A row without phones is one whose phones
+        are unknown (people's speech): it has no loss, where CTC itself would ask for silence."""
         there = phones > 0
         loss = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), phones[there], lengths, there.sum(1),
-                          blank=0, reduction="sum", zero_infinity=True)
-        return loss, int(there.sum())
+                          blank=0, reduction="none", zero_infinity=True)
+        return loss.masked_fill(~there.any(1), 0.0).sum(), int(there.sum())

@@ -435,7 +435,7 @@ PARTS = {
 }
 # sections that experiments/ write, after the parts'
 EXPERIMENTS = {"h1": "H1: do the voice tokens carry meaning?", "h2": "H2: does remembering how it was said keep a character?",
-               "h3": "H3: does cross-attention beat a pipeline?", "scaling": "Scaling"}
+               "h3": "H3: does cross-attention beat a pipeline?", "human": "Human speech in training", "scaling": "Scaling"}
 TITLES = {name: part.title for name, part in PARTS.items()} | EXPERIMENTS
 
 

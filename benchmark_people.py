@@ -1,11 +1,13 @@
 """The bench of people's recordings: who speaks when, what the filters take, what a killed collector loses, rates and memory.
 
 Conversations with known turns are mixed from people's prompts (the Asterisk packages of Debian: a woman or man per language; English is
-for tests only) or, where there are none, from the characters of a collection. Parts: turns, filters, kills, scale. Nothing is trained on.
+for tests only) or, where there are none, from the characters of a collection. Parts: turns, filters, broken, kills, scale, many. Nothing
+is trained on. Each part's figures are kept in --save, so that a run that was stopped goes on; changed code or flags measure anew.
 """
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import re
@@ -20,11 +22,15 @@ from pathlib import Path
 
 from measuring import percentiles, show, table
 
-PARTS = ("turns", "filters", "kills", "scale")
+PARTS = {"turns": "conversations turns", "filters": "clips heard", "broken": "", "kills": "kills files", "scale": "files shard pools batch_positions hours codec",
+         "many": "files shard many codec"}                                  # what is measured, and the flags that it depends on besides the shared ones
+CODE = ("benchmark_people", "people", "segmentation", "filters", "collect_data", "dataset_pipeline", "shards")      # what the figures depend on
 VOICES = ("es", "fr", "it", "ru")
 SOUNDS_ONLY = re.compile(r"beep|silence|tt-|monkey|music|digits|phonetic|letters|dtmf|ring|tone|busy|weasel")
 SECONDS = (0.6, 8.0)
 NEAR = 0.25              # seconds within which a turn's begin counts as found
+PADDING = 0.05           # bar: share of padding in the loader's batches
+GROWTH = 20.0            # bar: MB between the second quarter and the last of what becomes tokens
 
 
 # ----------------------------------------------------------------------------- conversations with known turns
@@ -214,6 +220,44 @@ def languages(args, voices: dict, cfg, rng, resample) -> dict:
     return {"kept": kept}
 
 
+# ----------------------------------------------------------------------------- broken files
+
+def broken_files(folder: Path, sound) -> list[str]:
+    """Writes one file of each kind of damage, with sound (n,) at 16 kHz where sound is needed; their names."""
+    import numpy as np
+    import soundfile
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "corrupt.flac").write_bytes(b"fLaC" + bytes(range(256)) * 20)
+    (folder / "words.mp3").write_text("this is no sound at all")
+    soundfile.write(folder / "nothing.wav", np.zeros(0), 16000)
+    soundfile.write(folder / "silent.wav", np.zeros(32000), 16000)
+    for name, text in (("bad_text.txt", b"\xff\xfe\x00x"), ("bad_times.json", b"{]")):
+        soundfile.write((folder / name).with_suffix(".wav"), sound, 16000)
+        (folder / name).write_bytes(text)
+    return ["empty.wav", "corrupt.flac", "words.mp3", "nothing.wav", "silent.wav", "bad_text.wav", "bad_times.wav"]
+
+
+def bench_broken(args, voices: dict) -> dict:
+    """Broken files among good ones: does the collection end, are they counted and named, and are the good ones all there?"""
+    import collect_data
+    with tempfile.TemporaryDirectory() as name:
+        mine, out, good = Path(name) / "mine", Path(name) / "out", 9
+        mine.mkdir()
+        recordings_for(voices, mine, good, 3.0, args.seed)
+        broken = broken_files(mine, voices[min(voices)][0])
+        summary = collect_data.collect(*collecting(mine, out))
+        index = collect_data.Index(out, json.loads((out / "index.jsonl").read_text().splitlines()[0])["settings"])
+        named = [lost["file"] for row in index.read() for lost in row.get("dropped", []) if "file" in lost]
+        index.close()
+    return {"good": good, "kept": summary["conversations"], "broken": len(broken), "named": len(set(named) & set(broken)), "wrongly_named": sorted(set(named) - set(broken)), "missing": sorted(set(broken) - set(named)),
+            "counted": sum(count for count, _ in summary["left_out"]["files"].values())}
+
+
+def collecting(mine: Path, out: Path) -> tuple[str, ...]:
+    """Words of the collector for a folder with transcripts."""
+    return "--source", "folder", "--path", str(mine), "--output", str(out), "--target_hours", "1e4", "--listen", "never", "--language", "", "--workers", "1"
+
+
 # ----------------------------------------------------------------------------- kills
 
 def recordings_for(voices: dict, folder: Path, count: int, seconds: float, seed: int) -> float:
@@ -244,28 +288,26 @@ def bench_kills(args, voices: dict) -> dict:
         start = time.monotonic()
         if _collector(mine, Path(folder) / "whole").wait():
             raise ValueError("the collector fails on the test recordings: run it by hand to see why")
-        whole, kills, killed, seen = time.monotonic() - start, 0, 0, []
-        while kills < args.kills:
-            process = _collector(mine, Path(folder) / "parts")
+        whole, killed, starts = time.monotonic() - start, 0, 0
+        while killed < args.kills and starts < 4 * args.kills:
+            process, starts = _collector(mine, Path(folder) / "parts"), starts + 1
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * whole)
-            kills, killed = kills + 1, killed + (process.poll() is None)
+                process.wait(rng.uniform(0.2, 0.8) * whole)
+            killed += process.poll() is None                               # one that had ended by itself was not killed
             process.send_signal(signal.SIGKILL)
             process.wait()
             index = Path(folder) / "parts/index.jsonl"
-            seen.append(index.read_bytes().count(b"\n") if index.is_file() else 0)
-            if seen[-1] > args.files:                                      # all done: begin anew, so that kills fall into work
+            if index.is_file() and index.read_bytes().count(b"\n") > args.files:                # all done: begin anew, so that kills fall into work
                 shutil.rmtree(Path(folder) / "parts")
         _collector(mine, Path(folder) / "parts").wait()
         one, two = (_content(Path(folder) / name) for name in ("whole", "parts"))
         ids = [json.loads(line)["id"] for line in (Path(folder) / "parts/index.jsonl").read_text().splitlines()[1:]]
-    return {"files": args.files, "kills": kills, "killed_at_work": killed, "conversations": len(ids), "lost": len(set(one) - set(two)), "added": len(set(two) - set(one)),
+    return {"files": args.files, "kills": killed, "starts": starts, "conversations": len(ids), "lost": len(set(one) - set(two)), "added": len(set(two) - set(one)),
             "doubled": len(ids) - len(set(ids)), "changed": sum(one[k] != two[k] for k in set(one) & set(two)), "undisturbed_s": whole}
 
 
 def _collector(mine: Path, out: Path) -> subprocess.Popen:
-    words = ["--source", "folder", "--path", str(mine), "--output", str(out), "--target_hours", "1e4", "--listen", "never", "--language", ""]
-    return subprocess.Popen([sys.executable, "-W", "ignore", "collect_data.py", *words], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-W", "ignore", "collect_data.py", *collecting(mine, out)], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _content(out: Path) -> dict[str, bytes]:
@@ -314,9 +356,43 @@ def bench_scale(args, voices: dict) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rates, stored = collecting_rates(args, voices, folder)
-        memory, tokens = tokenising(args, folder / "people", folder / "repeated")
+        memory, tokens = tokenising(args, folder / "people", folder / "repeated", args.hours)
         loader = loading(args, folder / "repeated")
     return {"rates": rates | {"tokens": memory["times_real_time"]}, "bytes_per_hour": stored | {"tokens": tokens}, "memory": memory, "loader": loader}
+
+
+def bench_many(args, voices: dict) -> dict:
+    """--many hours through manifests, plan, shards, checksums and index, with codes that are computed once for each sound: what grows with the hours?"""
+    import collect_data
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "mine").mkdir()
+        recordings_for(voices, folder / "mine", args.files, 4.0, args.seed)
+        collect_data.collect(*collecting(folder / "mine", folder / "people"))
+        start = time.monotonic()
+        memory, tokens = tokenising(args, folder / "people", folder / "repeated", args.many, remember=True)
+        return memory | {"distinct_hours": json.loads((folder / "people/collection.json").read_text())["hours"], "bytes_per_hour": tokens, "minutes": (time.monotonic() - start) / 60}
+
+
+@contextlib.contextmanager
+def sounds_remembered(pipeline):
+    """Inside, each file is read once and its codes are computed once, however often it is named: the rest of the pipeline does all its work."""
+    sounds, codes, read, encode = {}, {}, pipeline.read_audio, pipeline.encode_turns
+
+    def read_once(path, rate):
+        if path not in sounds:
+            sounds[path] = read(path, rate)
+        return sounds[path]
+
+    def encode_once(codec, audios):
+        fresh = {id(a): a for a in audios if id(a) not in codes}           # `sounds` holds them, so that an id stays that of one sound
+        codes.update(zip(fresh, encode(codec, list(fresh.values()))))
+        return [codes[id(a)] for a in audios]
+    pipeline.read_audio, pipeline.encode_turns = read_once, encode_once
+    try:
+        yield
+    finally:
+        pipeline.read_audio, pipeline.encode_turns = read, encode
 
 
 def collecting_rates(args, voices: dict, folder: Path) -> tuple[dict, dict]:
@@ -340,22 +416,24 @@ def collecting_rates(args, voices: dict, folder: Path) -> tuple[dict, dict]:
     mine = folder / "mine"
     mine.mkdir()
     recorded = recordings_for(voices, mine, args.files, 4.0, args.seed)
-    words = ("--source", "folder", "--path", str(mine), "--output", str(folder / "people"), "--target_hours", "1e4", "--listen", "never", "--language", "")
     people.prepare(people.Options(listen="never"))
-    clock("filters", recorded, lambda: collect_data.collect(*words))
+    clock("filters", recorded, lambda: collect_data.collect(*collecting(mine, folder / "people")))
     summary = json.loads((folder / "people/collection.json").read_text())
     size = {kind: sum(p.stat().st_size for p in (folder / "people").rglob("*") if p.is_file() and (p.suffix == ".flac") == (kind == "flac") and p.suffix != ".png") for kind in ("flac", "manifests")}
     return rates, {kind: value / max(1e-9, summary["hours"]) for kind, value in size.items()}
 
 
-def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
-    """Tokens of args.hours by repetition: memory after each shard (MB), its growth from the second quarter to the last, times real time of one core; bytes per hour."""
+def tokenising(args, source: Path, folder: Path, hours: float, remember: bool = False) -> tuple[dict, float]:
+    """Tokens of `hours` by repetition: memory after each shard (MB), its growth from the second quarter to the last, times real time of one core; bytes per hour.
+
+    remember: codes of a sound are computed once (sounds_remembered).
+    """
     import numpy as np
     import dataset_pipeline
     import runtime
     import torch
     from checkpoint import load_codec
-    turns = repeated_manifest(source, folder, args.hours)
+    turns = repeated_manifest(source, folder, hours)
     codec, track, real = load_codec(args.codec, runtime.pick_device("cpu")), [], dataset_pipeline._write_shard
 
     def watched(path, supervisions, *rest):
@@ -366,7 +444,8 @@ def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
     torch.set_num_threads(1)
     try:
         start = time.process_time()
-        index = dataset_pipeline.tokenise(folder, codec, workers=1, turns_per_shard=args.shard)
+        with sounds_remembered(dataset_pipeline) if remember else contextlib.nullcontext():
+            index = dataset_pipeline.tokenise(folder, codec, workers=1, turns_per_shard=args.shard)
         spent = time.process_time() - start
     finally:
         dataset_pipeline._write_shard = real
@@ -376,7 +455,7 @@ def tokenising(args, source: Path, folder: Path) -> tuple[dict, float]:
     growth = float(np.mean(memory[-quarter:]) - np.mean(memory[quarter:2 * quarter])) if len(memory) > 3 else None
     done = sum(part["hours"] for part in index["splits"].values())
     size = sum(p.stat().st_size for p in (folder / "tokens").glob("*.safetensors"))
-    return {"hours": done, "turns": turns, "shards": len(track), "first_mb": track[0][1], "last_mb": track[-1][1], "largest_mb": max(m for _, m in track),
+    return {"hours": done, "turns": turns, "shards": len(track), "first_mb": track[0][1], "last_mb": track[-1][1], "largest_mb": max(m for _, m in track), "indexed_mb": resident_mb(),
             "growth_mb": growth, "times_real_time": done * 3600 / spent}, size / done
 
 
@@ -396,17 +475,39 @@ def loading(args, folder: Path) -> dict:
 
 # ----------------------------------------------------------------------------- the section
 
+def kept(args, part: str, bench, voices: dict):
+    """The part's figures, from an earlier run where neither code nor flags have changed since."""
+    import runtime
+    about = {k: getattr(args, k) for k in ("prompts", "data", "split", "seed", *PARTS[part].split())}
+    code = hashlib.sha256(b"".join((runtime.ROOT / f"{name}.py").read_bytes() for name in CODE)).hexdigest()
+    path = Path(args.save) / f"{part}-{hashlib.sha256(json.dumps([about, code], sort_keys=True, default=str).encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        runtime.write_json(path, bench(args, voices))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def bench_people(args) -> tuple[dict, str]:
-    """Recordings of people: diarisation, filters, a collector that is killed, rates, memory and the loader."""
+    """Recordings of people: diarisation, filters, broken files, a collector that is killed, rates, memory and the loader."""
     parts = [p for p in args.parts.split(",") if p]
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"--parts {', '.join(sorted(unknown))}: use {','.join(PARTS)}")
     voices, what = voices_of(args)
-    result = {"voices": what}
-    for part, bench in (("turns", bench_turns), ("filters", bench_filters), ("kills", bench_kills)):
-        result[part] = bench(args, voices) if part in parts else None
-    result |= bench_scale(args, voices) if "scale" in parts else {"rates": None, "bytes_per_hour": None, "memory": None, "loader": None}
+    benches = {"turns": bench_turns, "filters": bench_filters, "broken": bench_broken, "kills": bench_kills, "many": bench_many}
+    result = {"voices": what} | {part: kept(args, part, bench, voices) if part in parts else None for part, bench in benches.items()}
+    result |= kept(args, "scale", bench_scale, voices) if "scale" in parts else {"rates": None, "bytes_per_hour": None, "memory": None, "loader": None}
+    result["bars"] = bars(result)
     return result, people_body(result)
+
+
+def bars(r: dict) -> list[dict]:
+    """What was asked for, beside what was measured; None where it was not."""
+    kills, broken, memory, many, loader = (r[k] for k in ("kills", "broken", "memory", "many", "loader"))
+    wrong = kills and kills["lost"] + kills["added"] + kills["doubled"] + kills["changed"]
+    unnamed = broken and len(broken["missing"]) + len(broken["wrongly_named"]) + abs(broken["good"] - broken["kept"]) + abs(broken["counted"] - broken["broken"])
+    rows = [("files lost, added, doubled or changed by kills", 0, wrong), ("broken files not counted and named, good ones lost", 0, unnamed),
+            ("growth of memory, speech that becomes tokens, MB", GROWTH, memory and memory["growth_mb"]), ("growth of memory, many hours by repetition, MB", GROWTH, many and many["growth_mb"]),
+            ("padding in batches, %", 100 * PADDING, loader and 100 * loader["waste"])]
+    return [{"what": what, "bar": f"at most {bar:g}", "value": value, "met": None if value is None else value <= bar} for what, bar, value in rows]
 
 
 def people_body(r: dict) -> str:
@@ -427,8 +528,11 @@ def people_body(r: dict) -> str:
             body.append(table(["prompts written down by the ASR", "clips", "kept", "left out because"], [[k, str(v["clips"]), show(v["kept"], 2, True), ", ".join(f"{n} {why}" for why, n in v["reasons"].items()) or "-"] for k, v in f["kept"].items()]))
     if r["kills"]:
         k = r["kills"]
-        body.append(f"Collector killed {k['kills']} times at random ({k['killed_at_work']} while at work) over {k['files']} files: {k['lost']} files lost, {k['added']} added, {k['doubled']} conversations doubled, "
+        body.append(f"Collector killed at work {k['kills']} times at random (of {k['starts']} starts) over {k['files']} files: {k['lost']} files lost, {k['added']} added, {k['doubled']} conversations doubled, "
                     f"{k['changed']} files changed.")
+    if r["broken"]:
+        b = r["broken"]
+        body.append(f"{b['broken']} broken files (empty, no audio in them, silent, their transcript unreadable) among {b['good']} good ones: {b['counted']} counted, {b['named']} named; {b['kept']} good ones kept.")
     if r["rates"]:
         m, loader = r["memory"], r["loader"]
         body.append(table(["stage", "hours of recording per core-hour"], [[name, show(r["rates"][key], 1)] for name, key in (("cut, a channel each", "channels"), ("cut, one channel", "voices"), ("speech recognition (tiny.en)", "asr"),
@@ -436,15 +540,24 @@ def people_body(r: dict) -> str:
         body.append(f"Tokens of {m['hours']:.1f} h by repetition ({m['turns']} turns, {m['shards']} shards): memory {m['first_mb']:.0f} MB after the first shard, {m['last_mb']:.0f} MB after the last, "
                     f"largest {m['largest_mb']:.0f} MB, from the second quarter to the last {show(m['growth_mb'], 1)} MB. Loader: {show(loader['waste'], 2, True)} padding in {loader['batches']} batches of {loader['positions']} positions, "
                     f"{loader['hours_per_core_second']:.2f} hours of speech per second and core.")
+    if r["many"]:
+        m = r["many"]
+        body.append(f"{m['hours']:.0f} h by repetition of {m['distinct_hours']:.2f} h ({m['turns']} turns, {m['shards']} shards, {m['bytes_per_hour'] * m['hours'] / 1e9:.2f} GB of tokens, {m['minutes']:.0f} minutes): manifests, plan, shards, checksums and "
+                    f"index are real, the sounds are read and coded once each. Memory {m['first_mb']:.0f} MB after the first shard, {m['last_mb']:.0f} MB after the last, from the second quarter to the last {show(m['growth_mb'], 1)} MB; "
+                    f"{m['indexed_mb']:.0f} MB with the index of all conversations.")
+    said = {True: "met", False: "**missed**", None: "-"}
+    body.append(table(["bar", "", "measured", ""], [[b["what"], b["bar"], show(b["value"], 1), said[b["met"]]] for b in r["bars"]]))
     return "\n\n".join(body)
 
 
 def add_flags(part) -> None:
     prompts = "/usr/share/asterisk/sounds"
     part.add_argument("--prompts", default=prompts, metavar="FOLDER", help=f"people's prompts, a folder per voice; without it characters of --data speak; default {prompts}")
-    part.add_argument("--parts", default="turns,filters,kills,scale", help="what is measured; default turns,filters,kills,scale")
+    part.add_argument("--parts", default=",".join(PARTS), help="what is measured; default all: %(default)s")
     for flag, value, what in (("--conversations", 12, "conversations that are cut"), ("--turns", 20, "turns of each"), ("--clips", 60, "clips with noise"), ("--heard", 25, "prompts of each voice that are written down"),
                               ("--kills", 20, "times that the collector is killed"), ("--files", 60, "files of that collector"), ("--shard", 64, "turns of a shard"), ("--pools", 2, "pools of windows that the loader packs"),
                               ("--batch_positions", 4096, "positions of a batch")):
         part.add_argument(flag, type=int, default=value, help=f"{what}; default {value}")
     part.add_argument("--hours", type=float, default=2.0, help="hours that become tokens, by repetition; default 2")
+    part.add_argument("--many", type=float, default=1000.0, help="hours that go through the pipeline with codes computed once for each sound; default 1000")
+    part.add_argument("--save", default="outputs/benchmark/people", help="folder for the figures of each part; default outputs/benchmark/people")

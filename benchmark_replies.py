@@ -108,23 +108,30 @@ def sentences(count: int, seed: int) -> list[str]:
     return random.Random(f"people {seed}").sample(found, min(count, len(found)))
 
 
-def bench_people(talker, args) -> dict | None:
-    """Test sentences after a recording of a person that was set as the voice; cosine to that recording, and of other recordings of the folder to it."""
+def say_in_voices(talker, args, voices: list) -> list[dict]:
+    """A test sentence after each recording (text, audio (N,)), which is set as the voice; judged against that recording."""
     import judges as judge
     from generation import Session
     from tqdm import tqdm
-    if not args.recordings:
-        return None
     model, codec, tokenizer = talker[:3]
-    voices = recordings(args.recordings, args.transcripts, args.turns, args.seed)
-    rows, own = [], [judge.speaker_embedding(audio) for _, audio in voices]
+    rows = []
     for number, ((words, audio), text) in enumerate(zip(tqdm(voices, desc="people's voices", unit="turn"), sentences(len(voices), args.seed))):
         session = Session(model, codec, tokenizer, sampling_of(args, number))
         session.set_voice(ASSISTANT, audio=audio, text=words)
         session.prepare(ASSISTANT)
-        rows.append(hear(session.say(ASSISTANT, text).audio, text, voice=own[number]))
+        rows.append(hear(session.say(ASSISTANT, text).audio, text, voice=judge.speaker_embedding(audio)))
+    return rows
+
+
+def bench_people(talker, args) -> dict | None:
+    """Test sentences after a recording of a person that was set as the voice; cosine to that recording, and of other recordings of the folder to it."""
+    import judges as judge
+    if not args.recordings:
+        return None
+    voices = recordings(args.recordings, args.transcripts, args.turns, args.seed)
+    own = [judge.speaker_embedding(audio) for _, audio in voices]
     among = [judge.speaker_similarity(a, b) for a, b in zip(own, own[1:])]
-    return {"made": summary(rows), "recordings_among_themselves": judge.bootstrap_interval(among), "recordings_mos": judge.bootstrap_interval([judge.distill_mos(a) for _, a in voices])}
+    return {"made": summary(say_in_voices(talker, args, voices)), "recordings_among_themselves": judge.bootstrap_interval(among), "recordings_mos": judge.bootstrap_interval([judge.distill_mos(a) for _, a in voices])}
 
 
 # ----------------------------------------------------------------------------- the part

@@ -248,11 +248,9 @@ def return_freed_memory(every: float = 15.0) -> bool:
 
 
 def _trim_for_ever(every: float) -> None:
-    import ctypes
-    libc = ctypes.CDLL("libc.so.6")
     while True:
         time.sleep(every)
-        libc.malloc_trim(0)                                    # pages between blocks that are in use, of every heap
+        release_freed_memory()                                 # pages between blocks that are in use, of every heap
 
 
 def _set_malloc(settings: dict[int, int]) -> bool:
@@ -262,6 +260,18 @@ def _set_malloc(settings: dict[int, int]) -> bool:
     try:
         libc = ctypes.CDLL("libc.so.6")
         return all([libc.mallopt(name, value) for name, value in settings.items()])
+    except (OSError, AttributeError):                         # another C library
+        return False
+
+
+def release_freed_memory() -> bool:
+    """Give what glibc keeps of freed blocks back to the system: after work on arrays of ever other sizes its heap is full of holes and grows. Returns whether it could be asked to."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return True
     except (OSError, AttributeError):                         # another C library
         return False
 

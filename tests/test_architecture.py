@@ -587,6 +587,17 @@ def test_recomputing_keeps_less_and_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and kept[1] < 0.8 * kept[0]
 
 
+def test_turns_whose_phones_are_unknown_have_no_phone_loss():
+    """People's speech comes without phones; asked for none, CTC would teach the reader that their letters are silent."""
+    model = fresh()
+    turn = conversation(model.cfg)
+    alone, both = batch_of(model.cfg, [turn]), batch_of(model.cfg, [turn, turn])
+    alone.phones, both.phones = torch.tensor([[3, 4, 5, 9]]), torch.tensor([[3, 4, 5, 9], [0, 0, 0, 0]])
+    (one, n), (two, m) = model.loss(alone)["phones"], model.loss(both)["phones"]
+    assert n == m == 4
+    torch.testing.assert_close(one, two)
+
+
 def test_the_reader_learns_to_spell():
     torch.manual_seed(0)
     model = fresh()

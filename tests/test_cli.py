@@ -107,6 +107,7 @@ COMMANDS = {
     "python experiments/h1_semantic_codes.py": ("--train_turns 6 --test_turns 3 --linear_steps 2 --recurrent_steps 2 --seeds 1 --results outputs/R.md", ""),
     "python experiments/h2_prosodic_memory.py": ("--steps 0 --checkpoint '' --results outputs/R.md", ""),
     "python experiments/h3_cross_attention.py": ("--steps 1 --seeds 1 --codebooks 4 --width 16 --layers 2 --batch_positions 512 --held_out 2 --conditions on,off --results outputs/R.md", ""),
+    "python experiments/human_speech.py": "tests/test_human_speech.py: it needs prompts of people, of Debian's packages",
     "python experiments/scaling.py": ("--steps 6 --seeds 1 --codebooks 4 --batch_positions 512 --sizes 16x2,24x2 --draws 2 --held_out 2 --results outputs/R.md", ""),
     "python report.py": ("--no_judges --output outputs/again.html", ""),
 }

@@ -23,7 +23,7 @@ from runtime import ROOT
 from rvq_tokenizer import Codec
 
 FOLDER = ROOT / "experiments"
-SCRIPTS = ("h1_semantic_codes", "h2_prosodic_memory", "h3_cross_attention", "scaling")
+SCRIPTS = ("h1_semantic_codes", "h2_prosodic_memory", "h3_cross_attention", "human_speech", "scaling")
 PHONES = ALPHABET[1:7]
 CODEC = CodecConfig(num_codebooks=8, num_semantic=4, codebook_size=64, semantic_dim=16, acoustic_dim=24, width=16, latent=16, encoder_layers=1, latent_layers=1,
                     decoder_width=16, decoder_layers=3, num_mels=20, num_low_bins=16, num_bands=20)
