@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from additions import (
     Blocks, HearProsody, MemoryWriter, Positions, ReadMemory, ReadText, Runs, Slots, TextReader, plan_blocks, plan_runs, sight_rows, spoken_runs, turn_sums)
 from config import ModelConfig
+from ear import Ear
 from layers import CrossAttention, FoldedStack, KVCache, Packing, Product, RMSNorm, Transformer, in_pieces, pack
 
 LOGITS = 2 ** 24                        # numbers: a loss over more logits than this makes them in pieces
@@ -238,6 +239,7 @@ class CSM(nn.Module):
         self.advance_head = nn.Linear(D, c.max_advance + 1) if c.enabled else None
         self.memory_writer = MemoryWriter(cfg) if m.enabled else None
         self.read_memory = nn.ModuleList(ReadMemory(cfg) for _ in range(cfg.backbone.layers // m.every if m.enabled else 0))
+        self.ear = Ear(cfg).requires_grad_(False) if cfg.ear.enabled else None  # learns by itself: train_ear.py
         self._fast: tuple | None = None
         self.frame_codes = None                                                # instead of depth_generate for one row: depth_graph.py, speculative.py
         self.precision = "fp32"                                                # what products compute in: quantisation.py
@@ -288,6 +290,8 @@ class CSM(nn.Module):
     def _init_additions(self, normal, constant, done: set) -> None:
         if self.reader is not None:
             normal(self.reader.embedding.weight, 1.0)
+        if self.ear is not None:
+            normal(self.ear.embedding.weight, 0.3 / math.sqrt(self.cfg.num_codebooks))
         for read in self.read_text:
             done.add(id(read.bias.weight))
             read.init_bias()

@@ -294,12 +294,12 @@ def special_result(rows: dict[str, list[dict]]) -> dict | None:
 # ----------------------------------------------------------------------------- listening
 
 def listening_rows(talker, args) -> list[dict]:
-    """Test turns written down by the model's text head: {said, heard}; none without a text head."""
+    """Test turns written down by the model itself (its ear, else its text head): {said, heard}; none where it has neither."""
     import torch
     from generation import Session, codes_of_sound
     from tqdm import tqdm
     model, codec, tokenizer, _ = talker
-    if not args.listen or model.text_head is None:
+    if not args.listen or (model.ear is None and model.text_head is None):
         return []
     session, rows = Session(model, codec, tokenizer), []
     for turns, i in tqdm(pick_turns(args.data, args.split, args.listen, args.seed), desc="listening", unit="turn"):

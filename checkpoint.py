@@ -386,6 +386,13 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], dict]:
     return about["model"] | (about.get("ema") or {}), about
 
 
+def about_model(path) -> dict:
+    """What a model's folder or training file says of it besides weights and config: steps, losses, storage; {} for official weights."""
+    path = find_weights(path)
+    about = {} if csm_weights.is_official(path) else _read_model(path)[1]
+    return {k: v for k, v in about.items() if k not in ("model", "ema", "optimizer", "rng", "loader", "config")}
+
+
 def _build(cfg: ModelConfig, state: dict[str, Tensor], where) -> nn.Module:
     from architecture import CSM
     large = sum(value.nbytes for value in state.values()) > LARGE              # then the tensors themselves become the parameters

@@ -148,6 +148,26 @@ class MemoryConfig:
 
 
 @dataclass
+class EarConfig:
+    """Words of a heard turn by CTC over its codes (ear.py); trained by train_ear.py, everything else at rest."""
+    enabled: bool = False
+    width: int = 256
+    heads: int = 4
+    kernel: int = 9                   # of the depthwise convolutions
+    coarse_layers: int = 1            # at the frame rate
+    layers: int = 4                   # at upsample times the frame rate
+    upsample: int = 3                 # letters a frame can hold (37.5 a second at 12.5 Hz; people say 10 to 25)
+    max_frames: int = 512             # of a turn that is read at once (41 s)
+    letters: str = "abcdefghijklmnopqrstuvwxyz' .,?!-"
+
+    def __post_init__(self):
+        _require(self.width % (2 * self.heads) == 0, f"ear width {self.width} is not a multiple of twice its heads {self.heads}: change --ear.width")
+        _require(self.kernel % 2 == 1, f"ear kernel {self.kernel} must be odd: change --ear.kernel")
+        _require(min(self.upsample, self.layers, self.max_frames) >= 1 and self.coarse_layers >= 0, "an ear needs at least one layer, step and frame: change --ear.layers, --ear.upsample or --ear.max_frames")
+        _require(len(set(self.letters)) == len(self.letters) > 0, "the ear's letters must be different ones: change --ear.letters")
+
+
+@dataclass
 class ModelConfig:
     """The CSM model. Frames are (B, S, K + 1): K audio columns, then one text column (CSM_SPEC 3.3)."""
     name: str
@@ -172,6 +192,7 @@ class ModelConfig:
     code_noise: float = 0.0           # share of heard frames exchanged in training: generation hears its own mistakes too
     cross: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    ear: EarConfig = field(default_factory=EarConfig)
     loss_weights: dict = field(default_factory=lambda: {"c0": 1.0, "depth": 1.0, "text": 0.1, "advance": 0.5, "phones": 0.3})
 
     def __post_init__(self):
@@ -255,6 +276,10 @@ def count_additions(cfg: ModelConfig) -> dict[str, int]:
         parts["read_memory"] = cfg.backbone.layers // m.every * (_cross_attention(d, m.width, m.width) + 2 * m.width + 2 * m.heads)
     if cfg.text_head:
         parts["text_head"] = cfg.text_vocab * d
+    if cfg.ear.enabled:
+        e, w = cfg.ear, cfg.ear.width
+        block = 3 * w + 4 * w * w + (e.kernel + 1) * w + 6 * w * w
+        parts["ear"] = cfg.num_codebooks * cfg.audio_vocab * w + (e.coarse_layers + e.layers) * block + (w + 1) * w * e.upsample + w + (w + 1) * (1 + len(e.letters))
     return parts
 
 

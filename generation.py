@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -34,6 +35,7 @@ from text_tokenizer import normalise
 from turns import (  # noqa: F401  (what others know under this module's name)
     END_FRAMES, END_GUARD, LEAD_FRAMES, LEAD_REST, QUIET_AT_END, QUIET_FRAMES, REPEAT_FRAMES, SECONDS_PER_BYTE, SECONDS_TO_SPARE, STALL_FRAMES,
     Finger, Guard, Lead, Speaking, Turn, audio_rows, begin_turn, cut_rows, device_of, frame_limits, guided, join, lead_of, prefill, text_rows, turn_rows)
+from word_model import WordModel, search
 from writing import Earlier, Luck, TextStep, choose, only_text, write
 
 PROMPT_SECONDS = 10.0      # a voice prompt is cut to this
@@ -185,6 +187,17 @@ def generate_slow(model: CSM, codec, tokenizer, context: FrameBatch | None, turn
 
 
 # ----------------------------------------------------------------------------- text: transcripts and replies
+
+@functools.cache
+def written_words() -> WordModel:
+    """What the ear knows of words: those of the training split's dialogues and, where its package is installed, of the pronouncing lexicon."""
+    from synthetic_conversations import SPLITS, dialogues, lexicon
+    try:
+        known = [word for split in SPLITS for word, _ in lexicon(split)]       # a dictionary, whole
+    except ImportError:
+        known = []
+    return WordModel((turn["text"] for dialogue in dialogues()["train"] for turn in dialogue["turns"]), known)
+
 
 @torch.inference_mode()
 def generate_text(model: CSM, tokenizer, state, ids: list[int], number: int, most: int, temperature: float, generator=None) -> list[int]:
@@ -582,10 +595,13 @@ class Session:
 
     @torch.inference_mode()
     def transcribe(self, codes: Tensor, speaker: int = 0) -> str:
-        """What the text head hears in codes (K, T), out of context; "" for nothing or without a text head."""
+        """What the model hears in codes (K, T), out of context: by its ear, or by its text head where it has none; "" for nothing or without both."""
         cfg = self.model.cfg
-        if self.model.text_head is None or codes.shape[1] == 0:
+        if codes.shape[1] == 0 or (self.model.ear is None and self.model.text_head is None):
             return ""
+        if self.model.ear is not None:
+            heard = self.model.ear.listen(codes.to(device_of(self.model)) + cfg.code_offset)
+            return normalise(" ".join(filter(None, (search(part.tolist(), self.model.ear.letters, written_words()) for part in heard))))
         most = math.ceil(BYTES_PER_SECOND * codes.shape[1] / cfg.frame_rate)
         state = self.model.new_state(1, codes.shape[1] + most + 8)
         listened = turn_rows(Turn(speaker, "", None, codes, heard=True), cfg, self.tokenizer, 0, device_of(self.model))

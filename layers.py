@@ -116,7 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if q.requires_grad and q.device.type == "cpu":
         if mask is not None and q.shape[2] == k.shape[2] >= 2 * ROWS:
             return _attend_in_strips(q, k, v, None if causal else mask)
-        return _attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
+        return attend_by_products(q, k, v, causal_mask(q.shape[2], q.device) if causal else mask)
     bias = None if causal or mask is None else mask.to(q.dtype)
     if bias is not None and q.device.type == "cuda":
         k, v = _same_heads(q, k, v)                          # the kernel for masks may refuse keys of fewer heads: then all scores would be held
@@ -131,7 +131,8 @@ def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if q.shape[1] == k.shape[1] else tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
 
 
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As attend, mask None or additive; nothing is assumed of the future, and all attention weights are held."""
     k, v = _same_heads(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                   # (B, H, S, N)
     if mask is not None:

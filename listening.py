@@ -53,6 +53,7 @@ class Listener:
         self._rest, self._encoder = np.zeros(0, dtype=np.float32), None
         self._before = self._state = None
         self._words: list[int] = []                         # tokens of the newest transcript by the text head
+        self._caught = 0, ""                                # frames that the newest transcript by the ear is of, and the transcript
         self._step = FrameStep(model)
 
     @property
@@ -68,7 +69,7 @@ class Listener:
             _exhaust(self.take(codes))
 
     def finish(self, text: str | None = None) -> Turn:
-        """The turn is over. text: what was said; None: the model's text head writes it down, after what it has heard of the conversation. ValueError where nothing was heard, or for text that cannot be read."""
+        """The turn is over. text: what was said; None: the model writes it down, by its ear, or by its text head after what it has heard of the conversation. ValueError where nothing was heard, or for text that cannot be read."""
         codes = self.rest()
         if codes is not None:
             _exhaust(self.take(codes))
@@ -82,11 +83,17 @@ class Listener:
 
     @torch.inference_mode()
     def partial(self) -> str:
-        """What the model's text head makes of what was heard so far; nothing is taken into the state."""
+        """What the model makes of what was heard so far; nothing is taken into the state."""
         return "" if not self.codes or self._state is None else self._transcript()
 
     def _transcript(self) -> str:
-        return self.session.written(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words))
+        """By the ear; by the text head, after what was said before, where there is none."""
+        session = self.session
+        if session.model.ear is None:
+            return session.written(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words))
+        if self._caught[0] != self.num_frames:
+            self._caught = self.num_frames, session.transcribe(torch.cat(self.codes, 1), self.speaker)
+        return self._caught[1]
 
     def rehearse(self, speaker: int) -> Iterator[None]:
         """In time that is left while the turn is being said, token by token: write down what was heard so far, and the first sentence that `speaker`
@@ -94,12 +101,16 @@ class Listener:
         """
         if not self.codes or self._state is None or self.session.model.text_head is None:
             return
-        session, words = self.session, []
-        for token in session.transcript_tokens(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words)):
-            words.append(token)
-            yield
-        self._words = words
-        state, rows = copy.copy(self._state), self._closing_rows(self.heard(session.as_transcript(words)))
+        session = self.session
+        if session.model.ear is None:
+            words = []
+            for token in session.transcript_tokens(self._ended(copy.copy(self._state)), self.num_frames, self._number, Earlier(self._words)):
+                words.append(token)
+                yield
+            self._words = words
+        yield
+        text = self._transcript() if session.model.ear is not None else session.as_transcript(self._words)
+        state, rows = copy.copy(self._state), self._closing_rows(self.heard(text))
         if state is None or state.length + rows.S + len(self.prefix) >= state.limit:
             return
         with torch.inference_mode():

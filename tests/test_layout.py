@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports only from lower ranks; siblings never import each other.
 RANKS = {"config": 0, "small_language_model": 0,
-         "runtime": 1, "audio_io": 1, "text_tokenizer": 1, "retriever": 1, "serve_limits": 1, "serve_schemas": 1,
+         "runtime": 1, "audio_io": 1, "text_tokenizer": 1, "retriever": 1, "word_model": 1, "serve_limits": 1, "serve_schemas": 1,
          "layers": 2, "parallel": 2, "optimisers": 2, "endpointing": 2, "speech_formats": 2, "watermark": 2, "corpora": 2, "shards": 2, "judges": 2,
-         "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "csm_weights": 3, "filters": 3, "segmentation": 3,
+         "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "ear": 3, "csm_weights": 3, "filters": 3, "segmentation": 3,
          "architecture": 4, "data_plan": 4, "record_script": 4,
          "checkpoint": 5, "synthetic_conversations": 5, "frame_step": 5, "writing": 5, "turns": 5, "depth_graph": 5, "quantisation": 5, "dialogue": 5, "turn_taking": 5,
          "data_report": 5, "people": 5,
@@ -29,7 +29,7 @@ RANKS = {"config": 0, "small_language_model": 0,
          "responders": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
          "serve_gate": 10, "evaluation_framework": 10, "watching": 10,
          "serve_socket": 11, "benchmark_evaluation": 11, "train": 11,
-         "serve_app": 12, "benchmark": 12,
+         "serve_app": 12, "benchmark": 12, "train_ear": 12,
          "serve": 13}
 # Outside the ranks: standard library only, and these rooms.
 ALONE = {"setup_environment": set(), "run_experiment": {"setup_environment", "config", "runtime"}}
