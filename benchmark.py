@@ -6,6 +6,7 @@
     python benchmark.py codec         what survives the codec, with few and with all codebooks, beside other codecs?
     python benchmark.py tokens        can the text be read from the codes, and can a small model foretell them?
     python benchmark.py voice         is the model understood, does it end, does it keep the voice, is it fast?
+    python benchmark.py ear           does the model write down what it hears?
     python benchmark.py replies       are answers on topic, and what becomes of people's voices?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_codec
+import benchmark_ear
 import benchmark_engine
 import benchmark_evaluation
 import benchmark_fast
@@ -422,6 +424,7 @@ PARTS = {
     "codec": Part("Codec", benchmark_codec.bench_codec, "data split codec device threads", 30, benchmark_codec.add_flags),
     "tokens": Part("Tokens", benchmark_tokens.bench_tokens, "data split codec", 30, benchmark_tokens.add_flags),
     "voice": Part("Voice", benchmark_voice.bench_voice, MODEL, 50, benchmark_voice.add_flags),
+    "ear": Part("Listening", benchmark_ear.bench_ear, MODEL, 200, benchmark_ear.add_flags),
     "replies": Part("Answers, and people's voices", benchmark_replies.bench_replies, MODEL, 24, benchmark_replies.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
     "evaluation": Part("Conversations", benchmark_evaluation.bench_evaluation, MODEL, 0, benchmark_evaluation.add_flags),

@@ -31,6 +31,7 @@ def build_parser() -> config.Parser:
     parser.add_argument("--responder", default="retrieval", metavar="WHO", help="who answers: retrieval (written dialogues, default), smollm (a small language model), model, command, hf:FOLDER or openai:URL")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--responder_model", default="", help="name of the model at the other server (--responder openai:URL)")
+    parser.add_argument("--transcriber", default="whisper", choices=("whisper", "model"), help="who writes down what is heard: whisper (default) or the model's own ear, which needs no other network")
     parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads of the model; default: all cores but one, 4 at most")
     config.add_flags(parser, config.SamplingConfig)
@@ -48,13 +49,14 @@ def load(args):
     import torch
     runtime.return_freed_memory()
     from demo import Lab
-    from service import Service
+    from service import Service, own_ear
     torch.set_num_threads(args.threads or min(4, max(1, runtime.cpu_count() - 1)))
     responder = responders.make(args.responder, args.responder_command, args.responder_model)
     args.compile_depth, args.speculative = False, "off"                                   # ways of one turn at a time; here many are made together
     args.responder = "command" if args.responder == "command" else "retrieval"            # demo.Lab knows no others, and none of its own are asked
     cfg, live, endpoint = (config.from_flags(kind, args) for kind in (ServeConfig, config.LiveConfig, config.EndpointConfig))
-    return Service(Lab(args), responder, cfg, live, endpoint, prefill_positions=args.prefill_positions)
+    lab = Lab(args)
+    return Service(lab, responder, cfg, live, endpoint, own_ear(lab) if args.transcriber == "model" else None, args.prefill_positions)
 
 
 def the_key(cfg: ServeConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from audio_io import SAMPLE_RATE
+from audio_io import SAMPLE_RATE, resample
 from batching import BatchingEngine, EngineFull
 from config import MOODS, BatchingConfig, LiveConfig
 from demo import PIECE, Lab, check_mood, check_text, shipped_voices, speakable, written_voice
@@ -20,6 +20,7 @@ from live import MODEL, NAMES, USER, Ears, LiveConversation, one_by_one, sentenc
 from runtime import ROOT
 from serve_limits import Refused, ServeConfig
 from speech_formats import decode
+from text_tokenizer import sentence_case
 from watermark import PUBLIC_KEY, Marker
 
 # OpenAI's names, so that programs which know no others can speak: they are names here, and no likeness.
@@ -79,6 +80,19 @@ class Spoken:
     pieces: Iterator[np.ndarray]
     words: list[str]
     started: float
+
+
+def own_ear(lab: Lab):
+    """(audio (N,), rate) -> what the model itself hears. ValueError where it has no ear."""
+    if lab.model.ear is None:
+        raise ValueError("these weights have no ear: leave out --transcriber model, or train one (python train_ear.py)")
+    session, device = Session(lab.model, lab.codec, lab.tokenizer), next(lab.codec.parameters()).device
+
+    @torch.inference_mode()
+    def transcribe(audio: np.ndarray, rate: int) -> str:
+        sound = torch.from_numpy(np.ascontiguousarray(resample(audio, rate, SAMPLE_RATE), dtype=np.float32)).view(1, 1, -1).to(device)
+        return sentence_case(session.transcribe(codes_of_sound(lab.model.cfg, lab.codec, sound)))
+    return transcribe
 
 
 class Service:

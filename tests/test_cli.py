@@ -82,6 +82,7 @@ COMMANDS = {
     "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py tokens": ("--turns 2 --train_turns 20 --probe_turns 2 --steps 3 --model_steps 10 --results outputs/R.md", ""),
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
+    "python benchmark.py ear": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py replies": ("--prompts 2 --results outputs/R.md", ""),
     "python benchmark.py personal": ("--turns 2 --minutes 0.25 --steps 1 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),

@@ -23,7 +23,7 @@ RANKS = {"config": 0, "small_language_model": 0,
          "prosody": 6,
          "measuring": 7, "recordings": 7, "codec_data": 7, "report": 7, "draw_codes": 7, "batching": 7, "speculative": 7, "racers": 7, "conversation_metrics":
          7, "evaluation_page": 7,
-         "demo": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
+         "demo": 8, "train_codec": 8, "benchmark_codec": 8, "benchmark_ear": 9, "benchmark_model": 8, "benchmark_tokens": 8, "benchmark_voice": 8, "benchmark_engine":
          8, "benchmark_fast": 8, "benchmark_latency": 8, "benchmark_serve": 8, "live": 8, "benchmark_watermark": 8, "train_watermark": 8, "pronunciation": 8,
          "validity": 8, "benchmark_people": 8,
          "responders": 9, "benchmark_personal": 9, "benchmark_replies": 9, "service": 9, "evaluation_run": 9,
