@@ -61,6 +61,8 @@ ROWS = [
     Row("nano, reply at hand", "answer", "ours", {"reply": "given"}, "answer", True),
     Row("nano int8 compiled, reply at hand", "answer", "ours", {"reply": "given", "variant": "int8 compiled"}, "answer", True), Row("nano, its own reply", "answer", "ours", {"reply": "head"}, "answer", True),
     Row("nano int8 compiled, its own reply", "answer", "ours", {"reply": "head", "variant": "int8 compiled"}, "answer", True),
+    Row("nano, its ear and written replies", "answer", "ours", {"reply": "chosen"}, "answer", True),
+    Row("nano int8 compiled, its ear and written replies", "answer", "ours", {"reply": "chosen", "variant": "int8 compiled"}, "answer", True),
     Row("nano, Whisper and written replies", "answer", "ours", {"reply": "written"}, "answer", True),
     Row("pipeline with hibari", "answer", "classic", {"tts": "hibari"}, "answer", True), Row("pipeline with Kokoro", "answer", "classic", {"tts": "kokoro"}, "answer", True),
     *csm_rows("csm-nano", "CSM 8x384 + 3x256"), *csm_rows("csm-tiny", "CSM 18x1024 + 4x512"),
@@ -316,7 +318,8 @@ def bars(rows: dict, csm: dict, long: dict | None) -> list[dict]:
     for name in dict.fromkeys(("nano", best)):
         bar(f"{name}: first sound after the text, ms, 95 % of turns", 120, value(name, "first_sound_ms", "p95"))
         bar(f"{name}: real-time factor, median", 0.3, value(name, "real_time_factor", "p50"))
-    hands = ("nano, reply at hand", "nano int8 compiled, reply at hand", "nano, its own reply", "nano int8 compiled, its own reply")
+    hands = ("nano, reply at hand", "nano int8 compiled, reply at hand", "nano, its ear and written replies", "nano int8 compiled, its ear and written replies", "nano, its own reply",
+             "nano int8 compiled, its own reply")
     for name in hands:
         bar(f"{name}: first sound after the user's turn, ms, 95 % of turns", 180, value(name, "first_sound_ms", "p95"))
     for label, times in (("CSM 8x384 + 3x256", 10), ("CSM 18x1024 + 4x512", 4)):
@@ -385,7 +388,7 @@ def latency_body(result: dict) -> str:
 def how_measured(result: dict) -> str:
     return (f"{result['threads']} thread{'s' * (result['threads'] != 1)} for every row; rows of a heat in turns, each in its own process (peak with its libraries). First sound: the first chunk there is to play; heard after: that and the "
             f"quiet before its first sound. The user's turn is over when its last sound has arrived: whatever decides that waits alike for all rows. \"Reply at hand\" means that its text lies ready then, as for Sesame's CSM; "
-            f"\"its own reply\": the model writes down what it heard and answers, each sentence spoken as soon as it is written; while the user speaks it rehearses both in the time that is left between two blocks of 80 ms, and work that is not done by the next block counts as delay. Floor: weights of a frame, each once to every time it is multiplied (depth decoder: once per codebook), "
+            f"\"its own reply\": the model writes down what it heard and answers, each sentence spoken as soon as it is written; while the user speaks it rehearses both in the time that is left between two blocks of 80 ms, and work that is not done by the next block counts as delay. \"Its ear and written replies\": it writes down what it heard by its ear, and the reply is chosen from the written dialogues, as demo.py does by default. Floor: weights of a frame, each once to every time it is multiplied (depth decoder: once per codebook), "
             f"over {show(result['bandwidth_gb_s'], 1)} GB/s measured here; caches can beat the second. The real-time factor of an answer counts from its first sound. The orders and sizes with random weights say nothing about quality; the orders stand without voices heard before. A pipeline's text is its language model's own, so its total is of another length.")
 
 

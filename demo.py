@@ -29,9 +29,9 @@ MAX_TEXT = 5000          # characters in one turn
 PIECE = 240              # longer text is spoken in pieces of at most this many characters
 MIN_VOICE = 0.5          # seconds a voice recording must last
 TURN_GAP = 0.2           # seconds between the turns of a conversation's WAV
-RETRIEVED = 8            # candidate replies that the text head chooses from
+RETRIEVED = 8            # written replies that are looked through for one that was not said yet
 GOOD_MATCH = 0.45        # a written reply fits from this score on (generation.Retriever)
-MATCH_WEIGHT = 4.0       # of that score against the text head's mean log-likelihood per token
+LOOKED_BACK = 2          # turns before the last one whose words a reply may take up
 COMMAND_SECONDS = 60
 TURN_FIELDS = ("speaker", "text", "mood", "audio")
 HELP = """type a line and press Enter; the answer is spoken and printed
@@ -273,18 +273,18 @@ class Responder:
         return sentences(piece for piece, _ in pieces) if self.kind == "model" else pieces
 
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
-        """The likeliest of the fitting written replies that were not said yet; a general one where nothing fits."""
+        """The best of the fitting written replies that were not said yet; a general one where nothing fits."""
         retriever, general = self._written()
         said = {text.lower() for _, text in history}
-        asked = history[-1][1] if history else ""
-        found = [(score, turn) for score, turn in retriever.nearest(asked, self.candidates) if score >= GOOD_MATCH]
-        if not found:
-            when = "opening" if not history else "question" if asked.rstrip().endswith("?") else "statement"
-            found = [(1.0, turn) for turn in general[when]]
-        found = [pair for pair in found if pair[1]["text"].lower() not in said] or found
-        likely = session.score_texts(speaker, [turn["text"] for _, turn in found]) if session.model.text_head is not None else [0.0] * len(found)
-        best = max(range(len(found)), key=lambda i: MATCH_WEIGHT * found[i][0] + likely[i])
-        return found[best][1]["text"], found[best][1].get("mood")
+        asked, before = history[-1][1] if history else "", " ".join(text for _, text in history[:-1][-LOOKED_BACK:])
+        fitting = [turn for score, turn in retriever.nearest(asked, self.candidates, before) if score >= GOOD_MATCH]
+        fresh = [turn for turn in fitting if turn["text"].lower() not in said]
+        if fresh:
+            return fresh[0]["text"], fresh[0].get("mood")
+        others = general["opening" if not history else "question" if asked.rstrip().endswith("?") else "statement"]
+        others = [turn for turn in others if turn["text"].lower() not in said] or others
+        chosen = others[int(session.random() * len(others))]
+        return chosen["text"], chosen.get("mood")
 
     def _written(self):
         """Retriever over assets/dialogues (those with an assistant) and assets/smalltalk.jsonl, and the general replies."""
@@ -697,7 +697,7 @@ def build_parser() -> config.Parser:
     parser.add_argument("--num_codebooks", type=int, default=0, help="decode only the first N codebooks (default all of the model's)")
     parser.add_argument("--voice", action="append", default=[], metavar="FILE", help="recording of a voice; repeat for the next speaker")
     parser.add_argument("--responder", default="retrieval", choices=("retrieval", "smollm", "model", "command"),
-                        help="who answers turns without text: written dialogues ranked by the text head (default), a small language model, the text head, or a command")
+                        help="who answers turns without text: written dialogues (default), a small language model, the text head, or a command")
     parser.add_argument("--responder_command", default="", help="reads the dialogue on stdin, prints the answer (--responder command)")
     parser.add_argument("--precision", default="", choices=("", *config.PRECISIONS), help="what products are computed in (default: what the weights' config.json says, else fp32)")
     parser.add_argument("--compile_depth", action="store_true", help="compile the depth decoder's frame (seconds to a minute at the start; needs a C++ compiler)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,9 @@ def random_model(cfg: config.ModelConfig, seed: int):
 
 # ----------------------------------------------------------------------------- our model
 
+NOTHING_WRITTEN = "Go on."        # said where the text head writes no word
+
+
 class Ours:
     """nano with its shipped weights, or another preset with random ones, as plain, compiled, int8 or speculative."""
 
@@ -177,7 +181,8 @@ class Ours:
         """The user's sound is heard while it arrives; then the reply's text is found by spec["reply"], and spoken.
 
         given: it lies ready when the turn ends. head: the model itself writes down the turn, then its reply, of which each
-        sentence is spoken as soon as it is written; while the user speaks it rehearses both in the time that is left. written: Whisper's transcript, and a reply from the written dialogues.
+        sentence is spoken as soon as it is written; while the user speaks it rehearses both in the time that is left. written: Whisper's transcript, and a reply
+        from the written dialogues. chosen: such a reply to what the model itself has heard.
         """
         session, reply, self._rehearsal = self.session(item), self.spec["reply"], iter(())
         user, me = item["user_speaker"], item["turns"][item["index"]]["custom"]["speaker_index"]
@@ -198,9 +203,9 @@ class Ours:
         listening.feed(pieces[-1])
         if ears:
             ears.feed(pieces[-1], True)
-        said = {"given": lambda: item["user_text"], "head": lambda: None, "written": lambda: ears.transcript()}[reply]()
+        said = {"given": lambda: item["user_text"], "head": lambda: None, "chosen": lambda: None, "written": lambda: ears.transcript()}[reply]()
         done("words of the user")
-        listening.finish(said or (None if reply == "head" else item["user_text"]))
+        listening.finish(said or (None if reply in ("head", "chosen") else item["user_text"]))
         done("heard")
         parts = self._reply(session, me, reply, item)
         first, said, count = next(parts), [], len(session.turns)
@@ -239,7 +244,8 @@ class Ours:
         """The reply's parts as they are known."""
         if reply == "head":
             from generation import sentences
-            return (sentence for sentence, _ in sentences(session.reply_stream(me)))
+            spoken = (sentence for sentence, _ in sentences(session.reply_stream(me)) if re.search("[A-Za-z0-9]", sentence))
+            return itertools.chain([first], spoken) if (first := next(spoken, None)) else iter([NOTHING_WRITTEN])
         if reply == "given":
             return iter([item["text"]])
         if self._retriever is None:

@@ -10,9 +10,10 @@ class Retriever:
     """Answers from written dialogues: what was said after the most similar turns (TF-IDF cosine).
 
     A turn that opens its dialogue stands for itself, so the answer to it counts for more; so does an answer
-    that takes up words of the question.
+    that takes up words of the question or of what was said before it.
     """
-    OPENING, ECHO = 1.3, 0.5
+    OPENING, ECHO = 1.3, 2.0
+    LOOKED_AT = 200                                             # most similar turns whose answers are looked at
 
     def __init__(self, dialogues: list[dict]):
         """dialogues: {"kind": str, "turns": [{"speaker", "mood", "text"}, ...]}, as in assets/dialogues."""
@@ -35,17 +36,17 @@ class Retriever:
         norm = math.sqrt(sum(v * v for v in vector.values())) or 1.0
         return {t: v / norm for t, v in vector.items()}
 
-    def nearest(self, text: str, count: int = 8) -> list[tuple[float, dict]]:
-        """(score, reply turn), best first."""
-        asked, scores = self._vector(Counter(_terms(text))), Counter()
+    def nearest(self, text: str, count: int = 8, before: str = "") -> list[tuple[float, dict]]:
+        """(score, reply turn), best first. before: what was said before `text`."""
+        asked, about, scores = self._vector(Counter(_terms(text))), self._vector(Counter(_terms(f"{before} {text}"))), Counter()
         for term, value in asked.items():
             for number, other in self.index[term]:
                 scores[number] += value * other
         found = []
-        for number, score in scores.most_common(8 * count):
-            _, reply, before = self.pairs[number]
-            echo = sum(v * asked.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
-            found.append((score * (self.OPENING if before == 0 else 1.0) + self.ECHO * echo * score, reply))
+        for number, score in scores.most_common(max(self.LOOKED_AT, count)):
+            _, reply, turns = self.pairs[number]
+            echo = sum(v * about.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
+            found.append((score * (self.OPENING if turns == 0 else 1.0) + self.ECHO * echo, reply))
         return sorted(found, key=lambda pair: -pair[0])[:count]
 
 
