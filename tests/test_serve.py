@@ -112,6 +112,32 @@ def test_what_is_freed_goes_back_to_the_system(weights, monkeypatch):
     assert called == [True]
 
 
+def test_who_writes_down_what_is_heard(weights, tmp_path, monkeypatch):
+    """--transcriber model: the model's own ear, at any rate; ValueError where the weights have none."""
+    import dataclasses
+
+    import checkpoint
+    import config
+    import generation
+    from architecture import CSM
+    with pytest.raises(ValueError, match="train_ear.py"):
+        serve.load(serve.build_parser().parse_args([*weights, "--transcriber", "model"]))
+    bare = checkpoint.load_model(weights[weights.index("--checkpoint") + 1])
+    larger = CSM(dataclasses.replace(bare.cfg, ear=config.EarConfig(enabled=True, width=32, heads=2, layers=1)))
+    larger.init_weights()
+    larger.load_state_dict(bare.state_dict(), strict=False)
+    checkpoint.save_pretrained(larger, tmp_path / "ear", codec_fingerprint=bare.codec_fingerprint)
+    service = serve.load(serve.build_parser().parse_args([*weights, "--checkpoint", str(tmp_path / "ear"), "--transcriber", "model"]))
+    asked = []
+    monkeypatch.setattr(generation.Session, "transcribe", lambda self, codes, speaker=0: asked.append(codes.shape) or "i heard you. well?")
+    try:
+        tone = (0.1 * np.sin(np.arange(16000) * 0.1)).astype(np.float32)
+        assert service.ears.submit(tone, 16000).result(60) == "I heard you. Well?"
+        assert asked == [(bare.cfg.num_codebooks, 13)], "a second of sound, of 12.5 frames"
+    finally:
+        service.close()
+
+
 # ----------------------------------------------------------------------------- facts
 
 def test_what_is_there(client):
