@@ -325,14 +325,41 @@ def training_table(about: dict, metrics: list[dict], collections: list[dict], ru
     return table(["training", ""], rows)
 
 
+def speaks_alike(about: dict, sha: str) -> list[str]:
+    """Hashes of weights that differ from these in their ear at most, which changes nothing of what they say."""
+    found, ear = [sha], about.get("ear")
+    while ear:
+        found, ear = [*found, ear.get("from") or ""], ear.get("before")
+    return [one[:16] for one in found if one]
+
+
+def of_these(part: dict | None, about: dict, sha: str) -> bool:
+    """Whether a section of RESULTS.md was measured with weights that speak like these."""
+    return bool(part) and part["weights"]["sha256"] in speaks_alike(about, sha)
+
+
 def measured(kind: str, results: dict, about: dict, sha: str) -> str:
-    """The section of RESULTS.md that was measured with these very weights."""
+    """The section of RESULTS.md that was measured with these very weights, or with the same ones before they had their ear."""
     name, body = {"codec": ("codec", codec_body), "nano": ("voice", voice_body), "ear": ("ear", benchmark_ear.ear_body)}[kind]
     part = results.get(name)
     same = part and (part.get("fingerprint") == about.get("fingerprint") if kind == "codec" else part["weights"]["sha256"] == sha[:16])
+    if not same and kind == "nano" and of_these(part, about, sha):
+        part = part | {"listening": None, "bars": [bar for bar in part["bars"] if not bar["what"].startswith("listening")]}
+        return f"{body(part)}\n\nPrinted by `{part['command']}`, with these weights before they had their ear, which says nothing."
     if not same:
         return f"Not measured with these weights (`python benchmark.py {name}`)."
     return body(part) + f"\n\nPrinted by `{part['command']}`."
+
+
+def elsewhere(about: dict, results: dict, sha: str) -> list[str]:
+    """What other parts of the benchmark measured of a model: moods, answers."""
+    talks, replies, rows = results.get("evaluation"), results.get("replies"), []
+    if of_these(talks, about, sha) and (moods := talks["conditions"]["model"].get("mood")):
+        rows.append(["mood of a reply told by a classifier that knows only its sound, % (chance " + f"{100 * moods['chance']:.1f})", "at least twice chance", show(moods["accuracy"], 1, True),
+                     "met" if moods["accuracy"]["mean"] >= 2 * moods["chance"] else "**missed**", "evaluation"])
+    if of_these(replies, about, sha):
+        rows += [[bar["what"], bar["bar"], show(bar["value"]), {True: "met", False: "**missed**", None: "-"}[bar["met"]], "replies"] for bar in replies["bars"]]
+    return ["Measured by other parts (`python benchmark.py PART`, RESULTS.md):", "", table(["bar", "", "measured", "", "part"], rows), ""] if rows else []
 
 
 def ear_section(about: dict, results: dict, sha: str) -> list[str]:
@@ -366,12 +393,12 @@ def write_card(args) -> dict:
         what = (f"The conversational speech model of size `{cfg['name']}`: backbone {cfg['backbone']['layers']} x {cfg['backbone']['width']}, depth decoder {cfg['depth']['layers']} x "
                 f"{cfg['depth']['width']}, {cfg['num_codebooks']} codebooks of the codec `{about.get('codec_fingerprint')}`: the first {cfg['num_semantic']} semantic ones and "
                 f"the first {cfg['num_codebooks'] - cfg['num_semantic']} acoustic ones.")
-    sha = about.get("sha256") or weights_name(folder)["sha256"]
+    sha, results = about.get("sha256") or weights_name(folder)["sha256"], read_results(args.results)
     card = [f"# {'Codec' if args.kind == 'codec' else 'Model ' + args.kind}", "", what, "", f"{count / 1e6:.2f} M numbers, {size:.1f} MB, stored as "
             f"{about.get('storage', 'float16')}, SHA-256 `{sha[:16]}`" + (f", fingerprint `{about['fingerprint']}`" if about.get("fingerprint") else "") + ".", "",
             "```" + ("python" if args.kind == "codec" else "bash"), USE[args.kind], "```", "", "## Training", "",
-            training_table(about, runtime.read_metrics(args.metrics), collections, run, args.besides), "", "## Measured", "", measured(args.kind, read_results(args.results), about, sha), "",
-            *ear_section(about, read_results(args.results), sha), "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + (f" Besides: {args.besides}." if args.besides else "") + " These weights: MIT, as the repository.", "",
+            training_table(about, runtime.read_metrics(args.metrics), collections, run, args.besides), "", "## Measured", "", measured(args.kind, results, about, sha), "",
+            *(elsewhere(about, results, sha) if args.kind == "nano" else []), *ear_section(about, results, sha), "## Limits", "", *[f"- {line}" for line in LIMITS[args.kind]], "", "## Licences", "", VOICES + (f" Besides: {args.besides}." if args.besides else "") + " These weights: MIT, as the repository.", "",
             "Written by `python benchmark.py card`."]
     runtime.atomic_write(folder / "README.md", "\n".join(card) + "\n")
     return {"card": (folder / "README.md").as_posix(), "parameters": count, "megabytes": size}

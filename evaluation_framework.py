@@ -96,8 +96,10 @@ def conditions_text(result: dict) -> str:
     from evaluation_run import NAMES
     from measuring import show, table
     names = list(next(iter(result["conditions"].values()))["scores"])
-    rows = [[NAMES[c], *(show(f["scores"][n]) for n in names), show(f["wer"], 2, True), show(f["wer_again"], 2, True)] for c, f in result["conditions"].items()]
-    return table(["speech", *names, "word error", "by a second ASR"], rows)
+    told = {c: f.get("mood") for c, f in result["conditions"].items()}
+    rows = [[NAMES[c], *(show(f["scores"][n]) for n in names), show(f["wer"], 2, True), show(f["wer_again"], 2, True), show(told[c] and told[c]["accuracy"], 2, True)] for c, f in result["conditions"].items()]
+    chance = next((t["chance"] for t in told.values() if t), None)
+    return table(["speech", *names, "word error", "by a second ASR", f"moods told (chance {show(chance, 2, True)})"], rows)
 
 
 def pronunciation(args, words: list[str]) -> dict:

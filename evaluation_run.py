@@ -311,6 +311,18 @@ def evaluate(args, models: dict, conditions=CONDITIONS) -> tuple[dict, dict]:
     return result, talks
 
 
+def moods_told(talks: list, rows: list[dict]) -> dict | None:
+    """Share of turns whose mood asked for is the likeliest one heard, and chance: that of always saying the most frequent mood. None where no mood was asked for."""
+    import judges
+    told = [row["mood"] for row in rows if row["mood"]["parts"].get("accuracy") is not None]
+    asked = [t.mood for talk in talks for t in talk.turns if t.mood]
+    if not told or not asked:
+        return None
+    turns = [one["parts"]["turns"] for one in told]
+    interval = judges.bootstrap_interval([one["parts"]["accuracy"] * n for one, n in zip(told, turns)], weights=turns)
+    return {"accuracy": interval, "turns": sum(turns), "chance": max(map(asked.count, set(asked))) / len(asked)}
+
+
 def _condition(talks: list, measured: list[list[dict]], models: dict, checked: list[tuple]) -> tuple[dict, list]:
     """One condition, its turns measured and some (text, heard) by a second ASR: summary over conversations, and one row per conversation."""
     import judges
@@ -322,7 +334,7 @@ def _condition(talks: list, measured: list[list[dict]], models: dict, checked: l
     known = [f["runaway"] for f in faults if f["runaway"] is not None]
     summary = {"scores": metrics.summary(rows), "wer": judges.word_error_interval(*map(list, zip(*pairs))), "wer_again": judges.word_error_interval(*map(list, zip(*checked))) if checked else None,
                "faults": {"turns": len(faults), "runaway": sum(known) if known else None, "early_stop": sum(f["early_stop"] for f in faults), "silent_end": sum(f["silent_end"] for f in faults)},
-               "offsets": metrics.turn_taking.offset_facts(offsets), "first_audio_ms": float(np.median(waits)) if waits else None}
+               "offsets": metrics.turn_taking.offset_facts(offsets), "first_audio_ms": float(np.median(waits)) if waits else None, "mood": moods_told(talks, rows)}
     conversations = [{"id": talk.id, "scores": row, "turns": [{"speaker": t.speaker, "text": t.text, "mood": t.mood, "heard": m["heard"], "mos": m["mos"], "start": t.start, "seconds": m["seconds"],
                                                                 "reason": m["reason"]} for t, m in zip(talk.turns, part)]} for talk, part, row in zip(talks, measured, rows)]
     return summary | {"offset_values": offsets}, conversations

@@ -276,7 +276,7 @@ class Run:
         import checkpoint
         hours = sum(self.batches.lengths) / self.model.cfg.frame_rate / 3600
         before = checkpoint.about_model(self.how.checkpoint)
-        about = ({"before": before["ear"]} if before.get("ear") else {}) | {"data": self.how.data, "hours": round(hours, 2), "steps": self.step, "minutes": round(self.minutes, 1), "validation": self.validation, "commit": runtime.git_commit()}
+        about = ({"before": before["ear"]} if before.get("ear") else {}) | {"from": before.get("sha256"), "data": self.how.data, "hours": round(hours, 2), "steps": self.step, "minutes": round(self.minutes, 1), "validation": self.validation, "commit": runtime.git_commit()}
         with self.average.applied():
             checkpoint.save_pretrained(self.model, self.how.output, int8="int8" in before.get("storage", "int8"), ear=about,
                                        **{k: v for k, v in before.items() if k in ("step", "minutes", "validation", "precision")})

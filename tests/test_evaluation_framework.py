@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,9 +270,16 @@ def test_a_run_writes_scores_of_all_conditions_and_a_page_with_sound(humming, tm
     assert "pipeline: source TTS" in page and "data:image/png" in page and "nan" not in re.sub("base64,[^\"]+", "", page).lower()
 
 
+def test_moods_told_are_counted_by_turns_beside_always_saying_the_frequent_one():
+    rows = [{"mood": {"score": 0.5, "parts": {"accuracy": 1.0, "turns": 3}}}, {"mood": {"score": 0.5, "parts": {"accuracy": 0.0, "turns": 1}}}, {"mood": {"score": None, "parts": {"turns": 0}}}]
+    talks = [SimpleNamespace(turns=[SimpleNamespace(mood=m) for m in ("happy", "happy", "sad", None)]), SimpleNamespace(turns=[SimpleNamespace(mood="calm")])]
+    told = evaluation_run.moods_told(talks, rows)
+    assert told["accuracy"]["mean"] == 0.75 and told["turns"] == 4 and told["chance"] == 0.5
+    assert evaluation_run.moods_told(talks, rows[2:]) is None and evaluation_run.moods_told([], []) is None
+
+
 def test_conversations_of_several_places_stay_apart(tmp_path, monkeypatch):
     """Each collection counts its conversations from 0: the same name, another person."""
-    import evaluation_run
     monkeypatch.setattr(validity, "natural_talks", lambda data, split, *more: [make_talk(0 if split == "test" else 1)])
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
