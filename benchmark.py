@@ -10,6 +10,7 @@
     python benchmark.py replies       are answers on topic, and what becomes of people's voices?
     python benchmark.py personal      does an adapter speak with a new voice, and do others keep theirs?
     python benchmark.py evaluation    are the scores of conversations valid, and what does the model score beside natural speech?
+    python benchmark.py conversations the same scores over a hundred conversations
     python benchmark.py speed         where do the milliseconds of a frame go?
     python benchmark.py fast          a frame in int8, compiled, speculative, beside its floor
     python benchmark.py latency       the race: our model, transformers' CSM, the classic pipeline, other token orders
@@ -353,10 +354,10 @@ def measured(kind: str, results: dict, about: dict, sha: str) -> str:
 
 def elsewhere(about: dict, results: dict, sha: str) -> list[str]:
     """What other parts of the benchmark measured of a model: moods, answers."""
-    talks, replies, rows = results.get("evaluation"), results.get("replies"), []
+    talks, replies, rows = results.get("conversations"), results.get("replies"), []
     if of_these(talks, about, sha) and (moods := talks["conditions"]["model"].get("mood")):
         rows.append(["mood of a reply told by a classifier that knows only its sound, % (chance " + f"{100 * moods['chance']:.1f})", "at least twice chance", show(moods["accuracy"], 1, True),
-                     "met" if moods["accuracy"]["mean"] >= 2 * moods["chance"] else "**missed**", "evaluation"])
+                     "met" if moods["accuracy"]["mean"] >= 2 * moods["chance"] else "**missed**", "conversations"])
     if of_these(replies, about, sha):
         rows += [[bar["what"], bar["bar"], show(bar["value"]), {True: "met", False: "**missed**", None: "-"}[bar["met"]], "replies"] for bar in replies["bars"]]
     return ["Measured by other parts (`python benchmark.py PART`, RESULTS.md):", "", table(["bar", "", "measured", "", "part"], rows), ""] if rows else []
@@ -467,6 +468,7 @@ PARTS = {
     "replies": Part("Answers, and people's voices", benchmark_replies.bench_replies, MODEL, 24, benchmark_replies.add_flags),
     "personal": Part("A voice of one's own", benchmark_personal.bench_personal, MODEL, 40, benchmark_personal.add_flags),
     "evaluation": Part("Conversations", benchmark_evaluation.bench_evaluation, MODEL, 0, benchmark_evaluation.add_flags),
+    "conversations": Part("A hundred conversations", benchmark_evaluation.bench_conversations, "codec checkpoint device", 0, benchmark_evaluation.add_conversation_flags),
     "speed": Part("Speed", bench_speed, MODEL, 8),
     "fast": Part("Fast decoding", benchmark_fast.bench_fast, "data split codec checkpoint threads", 100, benchmark_fast.add_flags),
     "latency": Part("Latency", bench_latency, "data split codec checkpoint threads", 20, benchmark_latency.add_flags),

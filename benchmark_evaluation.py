@@ -60,3 +60,37 @@ def body_of(result: dict, matrix: str, conditions: str, said: str) -> str:
     faults = result["conditions"]["model"]["faults"]
     body += (f"\n\nOf the model's {faults['turns']} turns {faults['runaway']} were cut off, {faults['early_stop']} miss over 20 % of their words, {faults['silent_end']} end in over 1 s of silence.")
     return body + (f"\n\nSesame's two tests, rebuilt (the judge is CMU PocketSphinx, aligned once per pronunciation):\n\n{said}" if said else "")
+
+
+# ----------------------------------------------------------------------------- many conversations
+
+def add_conversation_flags(part) -> None:
+    part.add_argument("--data", default="data/synthetic", help="folder of collect_data.py, several with commas between; default data/synthetic")
+    part.add_argument("--split", default="test", help="test, validation, train, or several with commas between; default test")
+    part.add_argument("--count", type=int, default=100, help="conversations; default 100")
+    part.add_argument("--beside", type=int, default=30, help="of these, conversations of natural speech, codec and source TTS; default 30")
+    part.add_argument("--again", type=int, default=5, help="conversations that a second ASR hears as well; default 5")
+    part.add_argument("--jobs", type=int, default=0, help="processes; default one per core")
+    part.add_argument("--cache", default="outputs/cache/evaluation", help="default outputs/cache/evaluation: what is kept there is not made again")
+    config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature", "max_seconds"))
+
+
+def bench_conversations(args) -> tuple[dict, str]:
+    """The scores of many conversations of the model beside natural ones, the codec alone and the source TTS (evaluation_framework.py run)."""
+    import prosody
+    import runtime
+    from evaluation_run import evaluate
+    from measuring import rounded
+    asked = argparse.Namespace(**vars(args) | {"conversations": args.data, "jobs": args.jobs or runtime.cpu_count()})
+    made, _ = evaluate(asked, prosody.load_models())
+    result = rounded({name: made[name] for name in ("weights", "conversations", "turns", "beside")}
+                     | {"conditions": {name: {k: v for k, v in part.items() if k != "offset_values"} for name, part in made["conditions"].items()}})
+    return result, many_body(result)
+
+
+def many_body(result: dict) -> str:
+    from evaluation_framework import conditions_text
+    faults = result["conditions"]["model"]["faults"]
+    return (f"Weights `{result['weights']['path']}` ({result['weights']['sha256']}): {result['conversations']} conversations, {result['turns']} turns, each speaker in the voice of an opening turn; {result['beside']} of "
+            f"them beside it as natural speech, codec and source TTS. What the scores are worth: the section before. Brackets are intervals over conversations.\n\n{conditions_text(result)}\n\n"
+            f"Of the model's {faults['turns']} turns {faults['runaway']} were cut off, {faults['early_stop']} miss over 20 % of their words, {faults['silent_end']} end in over 1 s of silence.")

@@ -219,14 +219,14 @@ def test_the_card_says_how_the_ear_was_trained(weights, tmp_path, capsys):
     run_of, deaf = {"steps": 1500, "hours": 9.25, "minutes": 24.5, "validation": {"word_error": 0.3}}, "d" * 64
     (folder / "config.json").write_text(json.dumps(about | {"ear": run_of | {"steps": 2400, "from": "e" * 64, "before": run_of | {"from": deaf}}}))
     results = {"command": "python benchmark.py ear", "weights": {"path": "x", "sha256": about["sha256"][:16]}, "sets": {}, "shown": {"characters never trained on": [{"said": "hello", "words": "hallo"}]}, "bars": []}
-    moods = {"command": "python benchmark.py evaluation", "weights": {"path": "x", "sha256": deaf[:16]}, "conditions": {"model": {"mood": {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6}, "chance": 0.2}}}}
+    moods = {"command": "python benchmark.py conversations", "weights": {"path": "x", "sha256": deaf[:16]}, "conditions": {"model": {"mood": {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6}, "chance": 0.2}}}}
     strange = {"command": "python benchmark.py replies", "weights": {"path": "x", "sha256": "f" * 16}, "bars": [{"what": "answers", "bar": "at least 90", "value": 95.0, "met": True}]}
-    sections = {"ear": results, "evaluation": moods, "replies": strange}
+    sections = {"ear": results, "conversations": moods, "replies": strange}
     (tmp_path / "R.md").write_text("".join(f"<!-- begin {k} -->\n## {k}\n\n```json\n{json.dumps(v)}\n```\n<!-- end {k} -->\n" for k, v in sections.items()))
     run(capsys, "card", "--kind", "nano", "--folder", folder, "--metrics", tmp_path / "none.jsonl", "--collection", tmp_path / "none.json", "--results", tmp_path / "R.md")
     card = (folder / "README.md").read_text()
     assert "1,500 steps on 9.2 h" in card and "; then 2,400 steps" in card and "| hello | hallo |" in card and "Printed by `python benchmark.py ear`" in card
-    assert "(chance 20.0)" in card and "| evaluation |" in card, "an ear changes nothing of what the model says, so what was measured before it stands"
+    assert "(chance 20.0)" in card and "| conversations |" in card, "an ear changes nothing of what the model says, so what was measured before it stands"
     assert "answers" not in card, "what other weights did does not"
 
 

@@ -97,6 +97,7 @@ COMMANDS = {
     "python watermark.py detect outputs/marked.wav": ("", ""),
     "python train_watermark.py": ("--turns 10 --steps 3 --batch 2", ""),
     "python benchmark.py evaluation": ("--spoiled 2 --spoken 1 --voices 0 --kinds noise --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
+    "python benchmark.py conversations": ("--count 1 --beside 1 --again 0 --jobs 1 --max_seconds 1 --results outputs/R.md", ""),
     "python benchmark.py engine": ("--turns 2 --sessions 1,2 --repeats 1 --long 16 --results outputs/R.md", ""),
     "python benchmark.py fast": ("--turns 2 --sentences 1 --frames 3 --sizes nano --variants plain,int8,speculative --checkpoint checkpoints/best_model.pt --results outputs/R.md", ""),
     "python benchmark.py people": ("--prompts none --split train --parts turns,filters --conversations 1 --turns 3 --clips 2 --results outputs/R.md", ""),
