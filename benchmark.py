@@ -519,8 +519,9 @@ def run(args, words: list[str]) -> int:
     if getattr(args, "threads", 0):
         import torch
         torch.set_num_threads(args.threads)
-    if hasattr(args, "data") and not Path(args.data).is_dir():
-        raise ValueError(f"there is no data in {args.data}: run python collect_data.py first, or name the folder with --data")
+    missing = [folder for folder in str(getattr(args, "data", "")).split(",") if folder and not Path(folder.strip()).is_dir()]
+    if missing:
+        raise ValueError(f"there is no data in {missing[0]}: run python collect_data.py first, or name the folder with --data")
     if args.what == "inspect":
         print(json.dumps(rounded(inspect(args))))
         return 0
