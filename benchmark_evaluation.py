@@ -72,7 +72,7 @@ def add_conversation_flags(part) -> None:
     part.add_argument("--again", type=int, default=5, help="conversations that a second ASR hears as well; default 5")
     part.add_argument("--jobs", type=int, default=0, help="processes; default one per core")
     part.add_argument("--cache", default="outputs/cache/evaluation", help="default outputs/cache/evaluation: what is kept there is not made again")
-    config.add_flags(part, config.SamplingConfig, only=("temperature", "top_k", "depth_temperature", "max_seconds"))
+    config.add_flags(part, config.SamplingConfig, skip=("seed",))      # all of them: what evaluation_framework.py run has made is found again
 
 
 def bench_conversations(args) -> tuple[dict, str]:
