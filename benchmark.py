@@ -346,7 +346,7 @@ def measured(kind: str, results: dict, about: dict, sha: str) -> str:
     same = part and (part.get("fingerprint") == about.get("fingerprint") if kind == "codec" else part["weights"]["sha256"] == sha[:16])
     if not same and kind == "nano" and of_these(part, about, sha):
         part = part | {"listening": None, "bars": [bar for bar in part["bars"] if not bar["what"].startswith("listening")]}
-        return f"{body(part)}\n\nPrinted by `{part['command']}`, with these weights before they had their ear, which says nothing."
+        return f"{body(part)}\n\nPrinted by `{part['command']}`, with these weights before they had their ear, which changes nothing of what they say."
     if not same:
         return f"Not measured with these weights (`python benchmark.py {name}`)."
     return body(part) + f"\n\nPrinted by `{part['command']}`."
