@@ -601,7 +601,8 @@ class Session:
             return ""
         if self.model.ear is not None:
             heard = self.model.ear.listen(codes.to(device_of(self.model)) + cfg.code_offset)
-            return normalise(" ".join(filter(None, (search(part.tolist(), self.model.ear.letters, written_words()) for part in heard))))
+            words = " ".join(filter(None, (search(part.tolist(), self.model.ear.letters, written_words()) for part in heard)))
+            return normalise(words) if re.search("[a-z0-9]", words) else ""
         most = math.ceil(BYTES_PER_SECOND * codes.shape[1] / cfg.frame_rate)
         state = self.model.new_state(1, codes.shape[1] + most + 8)
         listened = turn_rows(Turn(speaker, "", None, codes, heard=True), cfg, self.tokenizer, 0, device_of(self.model))

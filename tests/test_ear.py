@@ -193,6 +193,14 @@ def test_it_learns_to_read_codes_and_the_rest_stays(data, shipped, tmp_path, mon
 
 
 
+@pytest.mark.parametrize("read", ["", "?", "' ."])
+def test_sound_without_words_is_no_words(monkeypatch, read):
+    session = Session(model_with_ear(), Codec(config.CodecConfig()).eval(), ByteTokenizer())
+    monkeypatch.setattr(generation, "written_words", lambda: WordModel(["Hello."]))
+    monkeypatch.setattr(generation, "search", lambda *_: read)
+    assert session.transcribe(torch.zeros(8, 5, dtype=torch.long)) == ""
+
+
 def test_resume_is_exact(data, shipped, tmp_path):
     whole = train_ear.train(settings(data, shipped, tmp_path / "a"))
     half, original = settings(data, shipped, tmp_path / "b"), train_ear.Run.train_step
