@@ -26,6 +26,7 @@ from measuring import percentiles, pick_turns, show, sound_of, table
 CUSHION = 0.2                    # seconds that a player waits after the first piece: a common jitter buffer
 PAUSE = (0.3, 1.2)               # seconds between what a client hears and its next request
 HANG = 60.0                      # seconds without an answer
+SETTLE = 20.0                    # seconds without requests before memory is looked at again
 RATE = 24000
 SHORT = ["--max_seconds", "0.4", "--max_text", "200", "--stall_seconds", "5"]           # of the server that is sent nonsense: what is valid among it costs little
 SNR_DB = 15.0
@@ -481,7 +482,7 @@ def bench_malformed(args) -> dict:
         for fuzz in (lambda: fuzz_schema(server, tally, part, args.seed), lambda: fuzz_bodies(server, tally, part, args.seed), lambda: asyncio.run(fuzz_frames(server, tally, part, args.seed))):
             fuzz()
             bar.update()
-        time.sleep(2.0)
+        time.sleep(SETTLE)                                       # what was freed has gone back by then (runtime.return_freed_memory)
         alive = server.process.poll() is None
         return {"answers": tally.counts, "requests": tally.total - tally.counts.get("frames", {}).get("frames sent", 0), "failed_inside": len(tally.failed), "examples": tally.failed[:5], "hangs": tally.hangs,
                 "alive": alive, "places_taken_after": server.metric("serve_sessions") if alive else None, "memory_before_mb": before, "memory_after_mb": server.memory_mb if alive else None}
