@@ -218,7 +218,7 @@ class Run:
             self.average.load(saved["ema"], saved["ema_count"])
             self.step, self.minutes, self.validation = saved["step"], saved["minutes"], saved["validation"]
         self.last_file = Path(how.output) / "last.pt"
-        self.generator = torch.Generator()
+        self.generator, self.interrupted = torch.Generator(), False
 
     def losses(self, batch: list[dict]) -> tuple:
         """CTC and the guided letters' loss, each in nats per letter."""
@@ -284,10 +284,12 @@ class Run:
 
 def train(how: EarTraining, saved: dict | None = None) -> Run:
     from tqdm import tqdm
+    from train import stop_on_signals
     run = Run(how, saved)
     log = runtime.MetricsLog(how.output, config.to_dict(how) | runtime.run_manifest(), how.wandb, run.step)
     bar, began, kept = tqdm(total=how.max_steps, initial=run.step, desc="training the ear", unit="step"), time.monotonic() - 60 * run.minutes, run.minutes
-    while run.step < how.max_steps:
+    stop_on_signals(run)
+    while run.step < how.max_steps and not run.interrupted:
         values = run.train_step()
         run.minutes = (time.monotonic() - began) / 60
         log.log(run.step, **values)
@@ -297,12 +299,13 @@ def train(how: EarTraining, saved: dict | None = None) -> Run:
             log.log(run.step, kind="validation", **run.validate())
             for text, read in run.shown:
                 tqdm.write(f"  said {text!r}\n  read {read!r}", file=sys.stderr)
-        if run.minutes - kept >= how.save_minutes or run.step == how.max_steps:
+        if run.minutes - kept >= how.save_minutes or run.step == how.max_steps or run.interrupted:
             run.save()
             kept = run.minutes
     bar.close()
     log.close()
-    run.finish()
+    if not run.interrupted:
+        run.finish()
     return run
 
 
@@ -321,6 +324,9 @@ def main(argv=None) -> int:
         saved = checkpoint.load_training(how.resume, "ear")
         how = dataclasses.replace(config.from_dict(EarTraining, saved["train_config"]), resume=how.resume, output=str(Path(how.resume).parent))
     run = train(how, saved)
+    if run.interrupted:
+        print(f"interrupted at step {run.step}: go on with --resume {run.last_file}", file=sys.stderr)
+        return 130
     print(f"{how.output}: word error {100 * run.validation['word_error']:.1f} %, letter error {100 * run.validation['letter_error']:.1f} % on {run.validation['turns']} held-out turns")
     return 0
 

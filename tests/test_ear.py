@@ -1,6 +1,8 @@
 """The ear: letters of codes, alone and in a batch; its trainer leaves the rest of the model alone and resumes exactly."""
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -206,16 +208,17 @@ def test_resume_is_exact(data, shipped, tmp_path):
     half, original = settings(data, shipped, tmp_path / "b"), train_ear.Run.train_step
 
     def stop(run):
+        values = original(run)
         if run.step == 3:
-            run.save()
-            raise KeyboardInterrupt
-        return original(run)
+            os.kill(os.getpid(), signal.SIGINT)
+        return values
     train_ear.Run.train_step = stop
     try:
-        with pytest.raises(KeyboardInterrupt):
-            train_ear.train(half)
+        stopped = train_ear.train(half)
     finally:
         train_ear.Run.train_step = original
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.interrupted and stopped.step == 3 and not (tmp_path / "b/model.safetensors").exists(), "it is a model when it is done"
     torch.manual_seed(5)
     resumed = train_ear.train(half, checkpoint.load_training(tmp_path / "b/last.pt", "ear"))
     assert resumed.step == 6
