@@ -347,6 +347,7 @@ def test_a_spoken_turn_and_breaking_in(page, serve):
     assert fake.heard_bytes > 4 * 48000
     page.click("#mic")
     state(page, "ready")
+    page.wait_for_timeout(400)                                               # what was on its way when the button was pressed arrives
     before = fake.heard_bytes
     page.wait_for_timeout(400)
     assert fake.heard_bytes == before                                        # off is off
