@@ -333,6 +333,12 @@ class LiveConversation:
             self._heard.drop()
         self.session.rest()
         self._emit = lambda event, pcm=None: None                # whoever listened is not held any longer
+        with contextlib.suppress(queue.Empty):                   # orders that still wait, and a draft's callback, hold the conversation, which holds them
+            while True:
+                self._jobs.get_nowait()
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft[1].cancel()
 
     @property
     def busy(self) -> bool:

@@ -87,6 +87,12 @@ def one_line(errors) -> tuple[str, str]:
     return f"{where}: {first['msg'].lower()}: see /openapi.json", where
 
 
+def let_go(error: BaseException | None) -> None:
+    """FastAPI's frame holds the error of a body that is no JSON, which holds the frame and with it the body: not until the collector of cycles comes by."""
+    while error is not None:
+        error.__traceback__, error = None, error.__cause__ or error.__context__
+
+
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request, error):
@@ -94,6 +100,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
+        let_go(error)
         message, where = one_line(error.errors())
         return JSONResponse(error_body(message, "invalid_request_error", "invalid", where), 422)
 
@@ -103,6 +110,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request, error):
+        let_go(error)
         code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "invalid")
         return JSONResponse(error_body(error.detail, "invalid_request_error", code), error.status_code, error.headers)
 

@@ -69,9 +69,11 @@ class Connection:
                     if event["turn"] <= self.skip:
                         continue                                 # it was interrupted: what has not left yet never does
                     self.house.metrics.spoken.inc(event["samples"] / SAMPLE_RATE)
-                await asyncio.wait_for(self.socket.send_text(json.dumps(event)), self.house.cfg.stall_seconds)
+                async with asyncio.timeout(self.house.cfg.stall_seconds):
+                    await self.socket.send_text(json.dumps(event))
                 if pcm is not None:
-                    await asyncio.wait_for(self.socket.send_bytes(pcm), self.house.cfg.stall_seconds)
+                    async with asyncio.timeout(self.house.cfg.stall_seconds):
+                        await self.socket.send_bytes(pcm)
         except (WebSocketDisconnect, RuntimeError, asyncio.TimeoutError, OSError):
             self.closed.set()
 
@@ -82,7 +84,8 @@ class Connection:
 
     async def _next(self, seconds: float) -> dict | bytes | None:
         """The next message; None where the other side has gone or is silent. ValueError for text that is no JSON object with a type."""
-        message = await asyncio.wait_for(self.socket.receive(), seconds)
+        async with asyncio.timeout(seconds):
+            message = await self.socket.receive()
         if message["type"] != "websocket.receive":
             return None
         if message.get("bytes") is not None:
@@ -230,7 +233,8 @@ class Connection:
         if entered:
             self.house.places.leave(self.client)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
-            await asyncio.wait_for(self.socket.close(code, why.encode("ascii", "ignore").decode()[:120]), 5)
+            async with asyncio.timeout(5):                       # wait_for would be in a cycle with the exception (Python 3.11), and hold the connection's buffers
+                await self.socket.close(code, why.encode("ascii", "ignore").decode()[:120])
 
 
 def parse_message(message: dict):

@@ -1,8 +1,10 @@
 """A live conversation with a tiny random model, a loudness detector for ears and a list for a transcriber."""
 import dataclasses
+import gc
 import queue
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -507,6 +509,39 @@ def test_closing_in_the_middle_of_a_reply(parts):
     talk.ears.close()
     talk.engine.close(finish=False)
     assert not talk.live._worker.is_alive()
+
+
+@pytest.mark.parametrize("what", ["orders that wait", "a draft"])
+def test_a_closed_conversation_is_freed_at_once(parts, what):
+    """What still waits holds it, and it holds what waits."""
+    hold, written = threading.Event(), threading.Event()
+
+    def waiting():
+        hold.wait(30)
+        yield "Done."
+    gc.collect()
+    gc.disable()
+    try:
+        talk = Talk(parts, Says(waiting()), emit=lambda event, pcm: None)
+        if what == "a draft":
+            talk.ears.transcribe = lambda audio, rate: written.set() or "hello"
+            talk.live.hear(np.concatenate([voice(600), rest(talk.live.ear.cfg.pause_ms + 100)]))
+            assert talk.live._draft is not None and written.wait(30)
+        else:
+            talk.live.type("zero")
+            talk.live.set_voice(text="a voice")
+            talk.live.reset()
+        threading.Timer(0.2, hold.set).start()
+        talk.live.close()
+        talk.ears.close()
+        ended, talk.live = weakref.ref(talk.live), None
+        until = time.monotonic() + 10
+        while ended() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert ended() is None
+    finally:
+        gc.enable()
+    talk.engine.close(finish=False)
 
 
 def test_memory_stays_where_it_is(parts):
