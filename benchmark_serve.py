@@ -461,7 +461,8 @@ async def fuzz_frames(server: Server, tally: Tally, count: int, seed: int) -> No
             tally.add("frames", 500 if code == 1011 else 400, f"closed with {code}")
         except asyncio.TimeoutError:
             tally.hangs += 1
-    tally.counts.setdefault("frames", {})["frames sent"] = sent
+    frames = tally.counts.setdefault("frames", {})
+    frames["frames sent"] = frames.get("frames sent", 0) + sent
 
 
 async def next_text(ws) -> str:
@@ -472,20 +473,31 @@ async def next_text(ws) -> str:
 
 
 def bench_malformed(args) -> dict:
-    """args.malformed requests and frames to a server of its own, in three parts."""
+    """args.malformed requests and frames to a server of its own; memory before them, after the first tenth of every kind and after all."""
+    with Server(args, *SHORT) as server:
+        tally, before, tenth = Tally(), server.memory_mb, max(1, args.malformed // 10)
+        nonsense(server, tally, tenth, args.seed + 1)                                          # what loads or grows to its size on first use has done so
+        first, begun = settled(server), tally.total
+        nonsense(server, tally, args.malformed - tenth, args.seed)
+        last = settled(server)
+        alive, grown = last is not None, None if None in (first, last) else 1000 * (last - first) / max(1, tally.total - begun)
+        return {"answers": tally.counts, "requests": tally.total - tally.counts["frames"]["frames sent"], "failed_inside": len(tally.failed), "examples": tally.failed[:5], "hangs": tally.hangs,
+                "alive": alive, "places_taken_after": server.metric("serve_sessions") if alive else None, "memory_before_mb": before, "memory_after_a_tenth_mb": first, "memory_after_mb": last,
+                "growth_mb_per_1000": grown}
+
+
+def nonsense(server: Server, tally: Tally, count: int, seed: int) -> None:
+    """A third of it drawn from the schema, a third bodies, a third frames."""
     from tqdm import tqdm
-    with Server(args, *SHORT) as server, tqdm(total=3, desc="malformed", unit="part") as bar:
-        tally = Tally()
-        part = max(1, args.malformed // 3)
-        fuzz_bodies(server, tally, max(1, part // 10), args.seed + 1)                          # what loads on first use is loaded
-        before = server.memory_mb
-        for fuzz in (lambda: fuzz_schema(server, tally, part, args.seed), lambda: fuzz_bodies(server, tally, part, args.seed), lambda: asyncio.run(fuzz_frames(server, tally, part, args.seed))):
-            fuzz()
-            bar.update()
-        time.sleep(SETTLE)                                       # what was freed has gone back by then (runtime.return_freed_memory)
-        alive = server.process.poll() is None
-        return {"answers": tally.counts, "requests": tally.total - tally.counts.get("frames", {}).get("frames sent", 0), "failed_inside": len(tally.failed), "examples": tally.failed[:5], "hangs": tally.hangs,
-                "alive": alive, "places_taken_after": server.metric("serve_sessions") if alive else None, "memory_before_mb": before, "memory_after_mb": server.memory_mb if alive else None}
+    part = max(1, count // 3)
+    for fuzz in tqdm((fuzz_schema, fuzz_bodies, lambda *what: asyncio.run(fuzz_frames(*what))), desc="malformed", unit="part"):
+        fuzz(server, tally, part, seed)
+
+
+def settled(server: Server) -> float | None:
+    """MB of the server once what was freed has gone back (runtime.return_freed_memory); None where it has ended."""
+    time.sleep(SETTLE)
+    return server.memory_mb if server.process.poll() is None else None
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -536,5 +548,6 @@ def serve_body(result: dict) -> str:
     if result["malformed"]:
         f = result["malformed"]
         parts.append(f"{f['requests']} malformed requests and {f['answers'].get('frames', {}).get('frames sent', 0)} WebSocket frames: {f['failed_inside']} failures inside the server, {f['hangs']} hangs, "
-                     f"{show(f['places_taken_after'], 0)} places still taken after it; memory {show(f['memory_before_mb'], 0)} MB before, {show(f['memory_after_mb'], 0)} MB after.")
+                     f"{show(f['places_taken_after'], 0)} places still taken after it; memory {show(f['memory_before_mb'], 0)} MB before, "
+                     f"{show(f['memory_after_a_tenth_mb'], 0)} MB after the first tenth, {show(f['memory_after_mb'], 0)} MB after all ({show(f['growth_mb_per_1000'])} MB per 1000), each time {SETTLE:.0f} s after the last.")
     return "\n\n".join(parts)

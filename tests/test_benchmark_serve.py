@@ -1,6 +1,7 @@
 """The replay of benchmark.py serve, against a server that answers every typed turn with half a second of silence."""
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +58,38 @@ def test_conversations_of_a_replay_stand_side_by_side_and_all_leave():
 def test_a_server_that_grows_is_found_out():
     found, _ = replay(turns=60, seconds=0.0, talkers=1)
     assert found["growth_mb_per_100_turns"] == pytest.approx(100.0, rel=0.01) and found["memory_before_mb"] == 100.0 and found["memory_after_mb"] == 160.0
+
+
+class Growing:
+    """What benchmark_serve.Server offers; it takes 50 MB with the first request, and `each` MB with every one."""
+
+    def __init__(self, each: float):
+        self.each, self.memory_mb, self.process = each, 100.0, SimpleNamespace(poll=lambda: None)
+
+    def metric(self, name: str) -> float:
+        return 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("each, grown", [(0.0, 0.0), (0.5, 500.0)])
+def test_what_the_first_nonsense_loads_is_no_growth(monkeypatch, each, grown):
+    def fuzz(server, tally, count, seed):
+        server.memory_mb = max(server.memory_mb, 150.0) + each * count
+        for _ in range(count):
+            tally.add("frames", 400)
+
+    async def frames(server, tally, count, seed):
+        fuzz(server, tally, count, seed)
+        tally.counts["frames"]["frames sent"] = tally.counts["frames"].get("frames sent", 0)
+    for name, what in {"Server": lambda args, *more: Growing(each), "fuzz_schema": fuzz, "fuzz_bodies": fuzz, "fuzz_frames": frames, "SETTLE": 0.0}.items():
+        monkeypatch.setattr(benchmark_serve, name, what)
+    found = benchmark_serve.bench_malformed(SimpleNamespace(malformed=300, seed=0))
+    assert found["requests"] == 300 and found["growth_mb_per_1000"] == pytest.approx(grown)
+    assert (found["memory_before_mb"], found["memory_after_a_tenth_mb"]) == (100.0, 150.0 + 30 * each)
+    body = benchmark_serve.serve_body({"streams": [], "conversations": [], "endpointing": None, "malformed": found})
+    assert "100 MB before, " in body and "MB after the first tenth" in body
