@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import config
+from mirroring import mirror
 from runtime import ROOT, choose_attention, fail, pick_device, plain_errors, write_json
 
 MAX_SPEAKERS = 8
@@ -30,7 +31,8 @@ PIECE = 240              # longer text is spoken in pieces of at most this many 
 MIN_VOICE = 0.5          # seconds a voice recording must last
 TURN_GAP = 0.2           # seconds between the turns of a conversation's WAV
 RETRIEVED = 8            # written replies that are looked through for one that was not said yet
-GOOD_MATCH = 0.45        # a written reply fits from this score on (generation.Retriever)
+GOOD_MATCH = 0.45        # a written reply may fit from this score on (generation.Retriever)
+COVERED = 0.5            # and does if so much of what was said is known to it; else what was said is taken up
 LOOKED_BACK = 2          # turns before the last one whose words a reply may take up
 COMMAND_SECONDS = 60
 TURN_FIELDS = ("speaker", "text", "mood", "audio")
@@ -273,18 +275,19 @@ class Responder:
         return sentences(piece for piece, _ in pieces) if self.kind == "model" else pieces
 
     def _retrieve(self, session, speaker: int, history) -> tuple[str, str | None]:
-        """The best of the fitting written replies that were not said yet; a general one where nothing fits."""
+        """The best written reply that fits and was not said yet; else what was said, taken up as a question (not twice running), and a general reply."""
         retriever, general = self._written()
-        said = {text.lower() for _, text in history}
+        said = [text.lower() for _, text in history]
         asked, before = history[-1][1] if history else "", " ".join(text for _, text in history[:-1][-LOOKED_BACK:])
-        fitting = [turn for score, turn in retriever.nearest(asked, self.candidates, before) if score >= GOOD_MATCH]
-        fresh = [turn for turn in fitting if turn["text"].lower() not in said]
-        if fresh:
-            return fresh[0]["text"], fresh[0].get("mood")
-        others = general["opening" if not history else "question" if asked.rstrip().endswith("?") else "statement"]
-        others = [turn for turn in others if turn["text"].lower() not in said] or others
+        for score, turn, covered in retriever.nearest(asked, self.candidates, before):
+            if score >= GOOD_MATCH and covered >= COVERED and turn["text"].lower() not in said:
+                return turn["text"], turn.get("mood")
+        taken = mirror(asked, retriever.weight)
+        kind = ("mirrored " if taken else "") + ("question" if asked.rstrip().endswith("?") else "statement") if history else "opening"
+        others = [turn for turn in general[kind] if not any(text.endswith(turn["text"].lower()) for text in said)] or general[kind]
         chosen = others[int(session.random() * len(others))]
-        return chosen["text"], chosen.get("mood")
+        again = len(history) > 2 and history[-2][1].startswith(mirror(history[-3][1], retriever.weight) or "\0")
+        return f"{taken} {chosen['text']}" if taken and not again else chosen["text"], chosen.get("mood")
 
     def _written(self):
         """Retriever over assets/dialogues (those with an assistant) and assets/smalltalk.jsonl, and the general replies."""

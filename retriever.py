@@ -4,6 +4,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
+
+
+class Match(NamedTuple):
+    """A written reply; score: how near its question is; covered: share of what was said that its question and it know, words counted by how telling they are."""
+    score: float
+    reply: dict
+    covered: float
 
 
 class Retriever:
@@ -36,20 +44,30 @@ class Retriever:
         norm = math.sqrt(sum(v * v for v in vector.values())) or 1.0
         return {t: v / norm for t, v in vector.items()}
 
-    def nearest(self, text: str, count: int = 8, before: str = "") -> list[tuple[float, dict]]:
-        """(score, reply turn), best first. before: what was said before `text`."""
+    def nearest(self, text: str, count: int = 8, before: str = "") -> list[Match]:
+        """The best first. before: what was said before `text`."""
         asked, about, scores = self._vector(Counter(_terms(text))), self._vector(Counter(_terms(f"{before} {text}"))), Counter()
         for term, value in asked.items():
             for number, other in self.index[term]:
                 scores[number] += value * other
         found = []
         for number, score in scores.most_common(max(self.LOOKED_AT, count)):
-            _, reply, turns = self.pairs[number]
+            said, reply, turns = self.pairs[number]
             echo = sum(v * about.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
-            found.append((score * (self.OPENING if turns == 0 else 1.0) + self.ECHO * echo, reply))
-        return sorted(found, key=lambda pair: -pair[0])[:count]
+            found.append(Match(score * (self.OPENING if turns == 0 else 1.0) + self.ECHO * echo, reply, self._covered(text, f"{said} {reply['text']}")))
+        return sorted(found, key=lambda match: -match.score)[:count]
+
+    def _covered(self, text: str, known: str) -> float:
+        words, there = set(_words(text)), set(_words(known))
+        rare = max(self.weight.values())
+        telling = {word: self.weight.get(word, rare) - 1 for word in words}
+        return math.fsum(telling[w] for w in words & there) / (math.fsum(telling.values()) or 1.0)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
 
 
 def _terms(text: str) -> list[str]:
-    words = re.findall(r"[a-z']+", text.lower())
+    words = _words(text)
     return words + [f"{a} {b}" for a, b in zip(words, words[1:])]

@@ -405,8 +405,10 @@ def test_split_text():
 def test_retriever_finds_the_fitting_reply():
     turns = [("a", "I burned the rice."), ("b", "Open a window."), ("a", "My cat is ill."), ("b", "Call the vet.")]
     retriever = Retriever([{"kind": "people", "turns": [{"speaker": s, "mood": "calm", "text": t} for s, t in turns]}])
-    score, reply = retriever.nearest("the cat looks ill today")[0]
+    score, reply, covered = retriever.nearest("the cat looks ill today")[0]
     assert reply["text"] == "Call the vet." and score > 0
+    whole, less, least = (retriever.nearest(text)[0].covered for text in ("my cat is ill", "the cat looks ill today", "a cat burned zyzzyvas in Xanadu"))
+    assert whole == pytest.approx(1) and less == covered and 1 > less > least > 0
     assert retriever.nearest("xyzzy") == []
 
 
@@ -415,7 +417,7 @@ def test_a_reply_that_takes_up_what_was_said_before_comes_first():
     retriever = Retriever([{"kind": "people", "turns": [{"speaker": "a", "text": a}, {"speaker": "b", "text": b}]} for a, b in pairs]
                           + [{"kind": "people", "turns": [{"speaker": "a", "text": "The rabbit is hungry, the fence is old."}, {"speaker": "b", "text": "I see the rabbit and the fence."}]}])
     for before, wanted in (("The rabbit is hungry.", "Feed the rabbit."), ("The fence is old.", "Paint the fence.")):
-        found = [reply["text"] for _, reply in retriever.nearest("What now?", 8, before)]
+        found = [match.reply["text"] for match in retriever.nearest("What now?", 8, before)]
         assert found[0] == wanted and set(found) >= {b for _, b in pairs}
 
 
