@@ -364,6 +364,7 @@ class SamplingConfig:
     text_temperature: float = 0.7
     max_seconds: float = 30.0         # a turn is ended here at the latest
     lead_seconds: float = 2.0         # so much of what a speaker said or of its voice is heard by the model as the beginning of its turn, which keeps the voice; 0: nothing
+    mood_strength: float = 1.5        # how far that beginning is put into the mood of the turn, times the moods of the training characters; 0: it stays as it was said
     seed: int = 0
 
     def __post_init__(self):
@@ -371,6 +372,7 @@ class SamplingConfig:
         _require(self.top_k >= 1 and self.depth_top_k >= 1, "top_k must be at least 1: change --top_k")
         _require(self.max_seconds > 0, "max_seconds must be positive: change --max_seconds")
         _require(self.lead_seconds >= 0, "lead_seconds must be at least 0: change --lead_seconds")
+        _require(0 <= self.mood_strength <= 3, "mood_strength must be 0..3: change --mood_strength")
 
 
 @dataclass(frozen=True)

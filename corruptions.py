@@ -190,7 +190,7 @@ def swapped_moods(talk: Dialogue, rng) -> Dialogue:
 
 def _shape(turn: Turn) -> np.ndarray:
     """(semitones, log range, dB, log pace) of a turn's mood: the shapes that the default data gives to its moods."""
-    from synthetic_conversations import MOOD_PROSODY
+    from moods import MOOD_PROSODY
     return np.array(MOOD_PROSODY[turn.mood]) * turn.facts.get("mood_strength", 0.8)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from architecture import CSM, FrameBatch, Slots
 from config import ModelConfig, SamplingConfig, codec_columns
 from frame_step import FrameStep
+from moods import NEUTRAL, analysed, in_mood, shift
 from retriever import Retriever as Retriever
 from text_tokenizer import normalise
 from turns import (  # noqa: F401  (what others know under this module's name)
@@ -307,6 +308,7 @@ class Session:
         self.write = stream_text                    # or a speculative.TextLookup
         self._rehearsed: list[int] = []             # a reply as it would have been before the user's turn was over
         self._reply_seed: int | None = None         # of the next reply's random numbers, once somebody has asked
+        self._moods: dict[int, tuple] = {}          # speaker -> the turn its lead is from, that taken apart, and said in other moods
 
     # ---- what is known
 
@@ -355,13 +357,37 @@ class Session:
             readings = [first, first] + [first + n for n in consumed]
         return Turn(speaker, normalise(text), mood, codes, readings=readings)
 
-    def _lead(self, speaker: int) -> Lead | None:
-        """What the model hears before a turn of `speaker`: of its voice, else of the first thing it said, so that nothing drifts."""
+    def _lead(self, speaker: int, mood: str | None = None) -> Lead | None:
+        """What the model hears before a turn of `speaker`, put into the turn's mood, which it would drown out else."""
+        turn, lead = self._said_before(speaker)
+        if lead is None or mood is None or not self.sampling.mood_strength or mood == (turn.mood or NEUTRAL):
+            return lead
+        return self._in_mood(speaker, turn, lead, mood)
+
+    def _said_before(self, speaker: int) -> tuple[Turn, Lead] | tuple[None, None]:
+        """A lead and the turn it is from: the speaker's voice, else the first thing it said, so that nothing drifts."""
         seconds, rate = self.sampling.lead_seconds, self.model.cfg.frame_rate
         if not seconds or not guided(self.model.cfg) or self.tokenizer.name != "bytes":
-            return None
+            return None, None
         said = [self.voices.get(speaker), *(t for t in self.turns if t.speaker == speaker)]
-        return next(filter(None, (lead_of(turn, seconds, rate) for turn in said)), None)
+        return next(((turn, lead) for turn in said if (lead := lead_of(turn, seconds, rate))), (None, None))
+
+    @torch.inference_mode()
+    def _in_mood(self, speaker: int, turn: Turn, lead: Lead, mood: str) -> Lead:
+        """The lead said in another mood; as it is where that cannot be done (moods.analysed)."""
+        sample, known = self._taken_apart(speaker, turn, lead)
+        if sample is not None and mood not in known:
+            codes = self._codes(in_mood(sample, shift(mood, turn.mood, self.sampling.mood_strength)), None)
+            places = np.linspace(0, lead.num_frames, codes.shape[1], endpoint=False).astype(int)             # of each new frame in the old ones
+            known[mood] = Lead(lead.text, codes, [lead.read[i] for i in places])
+        return known.get(mood, lead)
+
+    @torch.inference_mode()
+    def _taken_apart(self, speaker: int, turn: Turn, lead: Lead) -> tuple:
+        """(moods.Sample of the lead or None, mood -> Lead), kept for as long as the lead comes from `turn`."""
+        if self._moods.get(speaker, (None,))[0] is not turn:
+            self._moods[speaker] = turn, analysed(sound_of_codes(self.model.cfg, self.codec, lead.codes.to(device_of(self.codec))).cpu().numpy()), {}
+        return self._moods[speaker][1:]
 
     # ---- the window
 
@@ -369,6 +395,9 @@ class Session:
         """Fill the window now (after a turn, say), so that the next turn need not. speaker: who is going to speak, where that is known."""
         if speaker is not None:
             self._opens(speaker)
+            turn, lead = self._said_before(speaker)
+            if lead is not None and self.sampling.mood_strength:
+                self._taken_apart(speaker, turn, lead)
         limit = self.model.cfg.backbone.max_positions
         self._room(min(limit // 2, 256 + int(self.sampling.max_seconds * self.model.cfg.frame_rate)))
 
@@ -508,7 +537,7 @@ class Session:
         turn = Turn(speaker, normalise(text), mood)
         tokens = len(self.tokenizer.speak_prefix(speaker, mood)) + len(self.tokenizer.encode(turn.text)) + 1
         self._opens(speaker)
-        seconds, lead = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens), self._lead(speaker)
+        seconds, lead = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens), self._lead(speaker, mood)
         heard = lead.num_frames + len(self.tokenizer.encode(lead.text)) + 1 if lead else 0
         return turn, lead, tokens + heard + math.ceil(seconds * self.model.cfg.frame_rate) + 1
 

