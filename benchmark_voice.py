@@ -22,7 +22,11 @@ MISSING, SHORT, FEW_WORDS = 0.2, 0.6, 5    # an early stop: so much of the words
 QUIET_DB, QUIET_SECONDS = -50.0, 1.0       # a silent end: quieter than this for longer than this
 ANSWERS = ("Yes.", "No.", "Maybe.", "Sure.", "Okay.", "Never.", "Always.", "Please.", "Thanks.", "Really?", "Sometimes.", "Tomorrow.", "Exactly.", "Perhaps.", "Sorry.", "Hello.")
 SIXTY = (50, 65)                           # words of a long turn
-SPECIAL = {"numbers": "numbers, times and years", "names": "names", "questions": "questions", "one word": "answers of one word", "sixty words": "turns of about 60 words"}
+SPECIAL = {"said numbers": "numbers and times that are said in the dialogues", "said names": "names that are said in the dialogues", "said word": "answers of one word that are said in the dialogues",
+           "numbers": "numbers, times and years beside rare words", "names": "rare names", "questions": "questions", "one word": "answers of one word, every second a rare one",
+           "sixty words": "turns of about 60 words"}
+NUMBER = re.compile(r"\d|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million)\b", re.I)
+NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day)[A-Z][a-z]+")
 FAULTS = {"runaway": "cut off by a guard", "early_stop": "over 20 % of the words missing", "silent_end": "over 1 s of silence at the end"}
 NAMES = {"made": "**the model**", "codec": "codec only (the source through the model's codebooks)", "source": "source TTS"}
 
@@ -220,10 +224,12 @@ def long_texts(conversations: list[list[str]]) -> list[str]:
 def special_texts(count: int, seed: int) -> dict[str, list[str]]:
     """`count` texts of each special set, as they are spoken (numbers in words), from the test split alone; the same seed gives the same texts.
 
-    Sentences around numbers and names hold a word or a name that training never hears; questions have four words or more; of the
-    answers of one word every second one is an everyday one (of which training has heard many), the others are words of the test split.
+    What is said in the dialogues: turns with a number or a name in them, and sentences of one word (of which training has heard many).
+    Beside rare words: sentences around numbers and names hold a word or a name that training never hears; questions have four words or
+    more; of the answers of one word every second one is an everyday one, the others are words of the test split.
     """
     import synthetic_conversations as synthetic
+    from judges import normalise_words
     from text_tokenizer import spoken
     rng, sentences = random.Random(f"special sets {seed}"), written_sentences()
     templates = {"numbers": [t for t in synthetic.COVERAGE if re.search(r"\{[nty]\}", t)], "names": [t for t in synthetic.COVERAGE if "{N}" in t and not re.search(r"\{[ntyk]\}", t)]}
@@ -233,7 +239,11 @@ def special_texts(count: int, seed: int) -> dict[str, list[str]]:
     found["one word"] = [filled("{W}.", rng) if k % 2 else ANSWERS[k // 2 % len(ANSWERS)] for k in range(count)]
     turns = long_texts(sentences)
     found["sixty words"] = rng.sample(turns, min(count, len(turns)))
-    return {name: [spoken(text) for text in texts] for name, texts in found.items()}
+    said = sorted({t["text"] for d in synthetic.dialogues()["test"] for t in d["turns"] if WORDS[0] <= len(t["text"].split()) <= WORDS[1]})
+    alone = sorted({s for part in sentences for s in part if len(s) > 2 and len(s.split()) == 1 and normalise_words(s)})
+    ordinary = {"said numbers": [t for t in said if NUMBER.search(t)], "said names": [t for t in said if NAME.search(t)], "said word": alone}
+    found |= {name: rng.sample(of, min(count, len(of))) for name, of in ordinary.items()}
+    return {name: [spoken(text) for text in found[name]] for name in SPECIAL}
 
 
 def characters_of(data, conversations: list[list[dict]]) -> dict:

@@ -301,6 +301,7 @@ class Responder:
                 raise ValueError("assets/smalltalk.jsonl is missing: get the whole repository, or use --responder model")
             small = [{"kind": "people", "turns": [{"speaker": "user", "text": said}, {"speaker": "assistant"} | reply]}
                      for item in items if "said" in item for said in item["said"] for reply in item["replies"]]
+            mirror("Hello there.")                                     # its tagger is read now, not while somebody waits
             self._loaded = Retriever(small + [item for item in items if item.get("kind") == "assistant"]), general
         return self._loaded
 

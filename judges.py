@@ -116,6 +116,14 @@ def spell_numbers(text: str) -> str:
     return re.sub(r"(?P<digits>\d+(?:,\d{3})*(?:\.\d+)?)(?P<ending>st|nd|rd|th|s)?", _spell_number, text)
 
 
+CLOCK = re.compile(r"(?<![\d,.$])(\d{1,2})[. ]?([0-5]\d)(?!\d|[.,]\d|s\b|th\b|st\b|nd\b|rd\b)")
+
+
+def _as_clock(text: str) -> str:
+    """Digits that may be a time read as one: 205, 2.05 and 2 05 as 2:05."""
+    return CLOCK.sub(lambda m: f"{m[1]}:{m[2]}" if 1 <= int(m[1]) <= 24 else m[0], text)
+
+
 def _expand(word: str) -> str:
     if word in SPELLINGS:
         return SPELLINGS[word]
@@ -177,10 +185,20 @@ def align_words(reference, hypothesis) -> list[tuple[str, tuple, tuple]]:
     return path[::-1]
 
 
+def _wrong(words: tuple[str, ...], heard: tuple[str, ...]) -> int:
+    return sum(op != "equal" for op, _, _ in align_words(words, heard))
+
+
+def heard_words(reference: str, hypothesis: str) -> tuple[str, ...]:
+    """normalise_words of what an ASR wrote. Digits do not tell how they were said: "at 205" is "two oh five" where that is nearer to the reference."""
+    words, kinds = normalise_words(reference), dict.fromkeys((hypothesis, _as_clock(hypothesis)))
+    return min(map(normalise_words, kinds), key=lambda heard: _wrong(words, heard)) if len(kinds) > 1 else normalise_words(hypothesis)
+
+
 def word_errors(reference: str, hypothesis: str) -> dict[str, int]:
     """Substitutions, deletions, insertions and reference words of one pair, after the normaliser."""
     words = normalise_words(reference)
-    path = [op for op, _, _ in align_words(words, normalise_words(hypothesis))]
+    path = [op for op, _, _ in align_words(words, heard_words(reference, hypothesis))]
     return {"substitutions": path.count("substitute"), "deletions": path.count("delete"),
             "insertions": path.count("insert"), "words": len(words)}
 
@@ -217,7 +235,7 @@ def character_error_rate(references, hypotheses) -> dict:
     """Like word_error_rate over the letters of the normalised words, spaces left out: {cer, errors, characters}."""
     errors = characters = 0
     for reference, hypothesis in _pairs(references, hypotheses):
-        a, b = "".join(normalise_words(reference)), "".join(normalise_words(hypothesis))
+        a, b = "".join(normalise_words(reference)), "".join(heard_words(reference, hypothesis))
         row = np.arange(len(b) + 1)
         letters = np.array(list(b), dtype="U1")
         for i, letter in enumerate(a, 1):

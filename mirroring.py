@@ -7,9 +7,12 @@ Weizenbaum's ELIZA (1966) answered so, and reflective listening (Rogers 1951) is
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import math
 import re
-from typing import Mapping
+from importlib import resources
+from typing import Mapping, NamedTuple
 
 LONGEST = 10                                                    # words of a clause that is said back whole
 FLIPPED = {"i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "we": "you", "us": "you", "our": "your", "ours": "yours",
@@ -24,10 +27,27 @@ NOTHING = {"something", "anything", "nothing", "everything", "someone", "anyone"
 BARE = {"be", "is", "are", "was", "were", "am", "been", "being", "'s", "'re", "'m", "have", "has", "had", "'ve", "'d", "do", "does", "did", "don't", "didn't", "doesn't", "get", "got", "go", "know", "think", "say", "said"}
 
 
+class Word(NamedTuple):
+    """A word with its Penn Treebank tag and the space after it."""
+    text: str
+    tag: str
+    space: str
+
+
 @functools.lru_cache(maxsize=1)
-def _tagger():
-    from hibari.g2p import G2P
-    return G2P()
+def _tools() -> tuple:
+    """hibari's tokenizer and tagger alone: its pronunciations would take 80 MB."""
+    from hibari.g2p.tagger import Tagger
+    from hibari.g2p.tokenize import Tokenizer
+    assets = resources.files("hibari") / "assets"
+    return (Tokenizer(json.loads((assets / "tokenizer_exceptions.json").read_text(encoding="utf-8"))),
+            Tagger(json.loads(gzip.decompress((assets / "tagger.json.gz").read_bytes()))))
+
+
+def tagged(text: str) -> list[Word]:
+    tokenize, tag = _tools()
+    pairs = tokenize(text)
+    return [Word(word, kind, space) for (word, space), kind in zip(pairs, tag([word for word, _ in pairs]) if pairs else [])]
 
 
 def mirror(text: str, weight: Mapping[str, float] | None = None) -> str | None:
@@ -68,7 +88,7 @@ def _flipped(clause: str) -> str:
 def _thing(clause: str) -> str | None:
     """The longest noun phrase with its article or owner: what a sentence is about."""
     phrases, open_ = [], []
-    for token in [*_tagger().tokenize(clause), None]:
+    for token in [*tagged(clause), None]:
         tag = token.tag if token is not None else ""
         starts, inside = tag in ("DT", "PRP$"), tag in ("CD", "JJ", "JJR", "JJS", "POS") or tag.startswith("NN")
         if not inside or starts:
@@ -80,10 +100,10 @@ def _thing(clause: str) -> str | None:
     if not phrases:
         return None
     best = max(phrases, key=lambda phrase: sum(len(t.text) for t in phrase if t.tag != "DT"))
-    return _flipped("".join(t.text + t.whitespace for t in best).strip())
+    return _flipped("".join(t.text + t.space for t in best).strip())
 
 
-def _to_its_noun(phrase: list) -> list:
+def _to_its_noun(phrase: list[Word]) -> list[Word]:
     """The phrase up to its last noun; nothing where that says nothing, or where it is the listener's."""
     while phrase and not phrase[-1].tag.startswith("NN"):
         phrase = phrase[:-1]
@@ -93,7 +113,7 @@ def _to_its_noun(phrase: list) -> list:
 
 def _content(clause: str) -> list[str]:
     """Words that name something: nouns, verbs that are not helpers, adjectives, numbers."""
-    return [t.text.lower() for t in _tagger().tokenize(clause)
+    return [t.text.lower() for t in tagged(clause)
             if t.tag.startswith(("NN", "VB", "JJ", "CD")) and t.text.lower() not in BARE | NOTHING]
 
 

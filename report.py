@@ -296,7 +296,7 @@ def heard_html(said: str | None, heard: str | None) -> str:
         return ""
     if not said:
         return f'<p class="heard"><b>Heard</b> {esc(heard) or "<i>nothing</i>"}</p>'
-    path = judge.align_words(judge.normalise_words(said), judge.normalise_words(heard))
+    path = judge.align_words(judge.normalise_words(said), judge.heard_words(said, heard))
     if all(op == "equal" for op, _, _ in path):
         return '<p class="heard all"><b>Heard</b> every word</p>'
     marked = []

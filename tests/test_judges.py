@@ -37,6 +37,15 @@ def test_same_speech_written_otherwise_is_no_error(one, other):
     assert judge.word_error_rate(other, one)["wer"] == 0
 
 
+def test_digits_do_not_tell_how_they_were_said():
+    """A time written without its colon counts as it was said, in whichever reading is nearer; amounts stay amounts."""
+    for said, heard in (("it was at two oh five.", "It was at 205."), ("at twelve fifteen, platform two", "at 12.15, Platform 2"), ("at ten thirty", "at 1030."), ("at nine twenty", "at 9 20."),
+                        ("two hundred and five of them", "205 of them"), ("two point one five", "2.15"), ("in ten thirty two", "in 1032")):
+        assert judge.word_error_rate(said, heard)["wer"] == 0 and judge.character_error_rate(said, heard)["cer"] == 0, heard
+    for said, heard in (("two oh five", "$205"), ("two oh five", "2,050"), ("two thirty", "230th"), ("nine seventy", "970 is 9070"), ("two fifteen", "2.155"), ("ninety nine thirty", "99.30")):
+        assert judge.word_error_rate(said, heard)["wer"] > 0, heard
+
+
 def test_errors_are_counted_by_kind_over_the_whole_corpus():
     rate = judge.word_error_rate(["a cat sat here", "yes"], ["a dog sat", "yes indeed so"])
     assert (rate["substitutions"], rate["deletions"], rate["insertions"], rate["words"]) == (1, 1, 2, 5)
