@@ -405,6 +405,7 @@ class Session:
         """Give the buffers back (tens of MB); turns and memory slots stay, the next turn fills the window again."""
         self._state = self._spare = None
         self._said = self._said and (self._said[0], None)
+        self._moods.clear()
 
     def _too_many(self, coming: int) -> bool:
         """More turns in the window than it is for, `coming` ones included; one always stays."""

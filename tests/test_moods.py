@@ -114,6 +114,8 @@ def test_it_is_made_once(session):
     assert session._lead(0, "happy") is first and session._lead(0, "angry") is not first and len(session.taken) == 1
     session.voices[0] = said()
     assert session._lead(0, "happy") is not first and len(session.taken) == 2
+    session.rest()
+    assert not session._moods                                                                       # megabytes
 
 
 def test_without_a_voice_in_it_the_lead_stays(session, monkeypatch):
