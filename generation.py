@@ -395,9 +395,10 @@ class Session:
         """Fill the window now (after a turn, say), so that the next turn need not. speaker: who is going to speak, where that is known."""
         if speaker is not None:
             self._opens(speaker)
-            turn, lead = self._said_before(speaker)
-            if lead is not None and self.sampling.mood_strength:
-                self._taken_apart(speaker, turn, lead)
+        for one in (self.voices if speaker is None else [speaker]) if self.sampling.mood_strength else []:
+            turn, lead = self._said_before(one)
+            if lead is not None:
+                self._taken_apart(one, turn, lead)
         limit = self.model.cfg.backbone.max_positions
         self._room(min(limit // 2, 256 + int(self.sampling.max_seconds * self.model.cfg.frame_rate)))
 

@@ -212,9 +212,9 @@ class Ours:
         done("reply")
 
         def chunks():
-            for part in itertools.chain([first], parts):
+            for part, mood in itertools.chain([first], parts):
                 said.append(part)
-                yield from session.speak(me, part)
+                yield from session.speak(me, part, mood)
         made = timed_chunks(chunks(), end)
         return made | {"text": " ".join(said), "frames": sum(t.num_frames for t in session.turns[count:]), "stages": stages | {"first sound": made["first_ms"]},
                        "heard_real_time_factor": clock.busy / max(1e-9, len(item["user"]) / 24000)}
@@ -241,17 +241,17 @@ class Ours:
         return self._ears
 
     def _reply(self, session, me: int, reply: str, item: dict):
-        """The reply's parts as they are known."""
+        """The reply's parts (text, mood or None) as they are known."""
         if reply == "head":
             from generation import sentences
-            spoken = (sentence for sentence, _ in sentences(session.reply_stream(me)) if re.search("[A-Za-z0-9]", sentence))
-            return itertools.chain([first], spoken) if (first := next(spoken, None)) else iter([NOTHING_WRITTEN])
+            spoken = ((sentence, None) for sentence, _ in sentences(session.reply_stream(me)) if re.search("[A-Za-z0-9]", sentence))
+            return itertools.chain([first], spoken) if (first := next(spoken, None)) else iter([(NOTHING_WRITTEN, None)])
         if reply == "given":
-            return iter([item["text"]])
+            return iter([(item["text"], None)])
         if self._retriever is None:
             self._retriever = self.tools["responder"]("retrieval")
         history = [(str(t.speaker), t.text) for t in session.turns]
-        return iter([self._retriever.reply(session, me, history, str(me))[0]])
+        return iter([self._retriever.reply(session, me, history, str(me))])
 
     # ---- a long conversation
 

@@ -108,6 +108,7 @@ def test_what_needs_no_change_is_left_alone(session):
 
 def test_it_is_made_once(session):
     """prepare() takes the voice apart beforehand; a mood is made once; another voice is another matter."""
+    session.prepare()
     session.prepare(0)
     assert len(session.taken) == 1
     first = session._lead(0, "happy")
