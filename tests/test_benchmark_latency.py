@@ -154,7 +154,7 @@ def test_each_sentence_is_spoken_when_it_is_written(spec, item, monkeypatch):
             yield piece
     inner, rehearse = Session.speak, racers.Ours._rehearse
     monkeypatch.setattr(Session, "reply_stream", reply_stream)
-    monkeypatch.setattr(Session, "speak", lambda self, me, text: order.append(text) or inner(self, me, text))
+    monkeypatch.setattr(Session, "speak", lambda self, me, text, mood=None: order.append(text) or inner(self, me, text))
     monkeypatch.setattr(racers.Ours, "_rehearse", lambda self, clock, listening, me: order.append("rehearsal") or rehearse(self, clock, listening, me))
     made = racers.Ours(spec | {"reply": "head"}).answer(item)
     assert order == ["rehearsal"] * (len(racers.blocks(item["user"])) - 1) + ["This is the first one. A", "This is the first one.", "nd the second.", "And the second."]
