@@ -58,6 +58,11 @@ def band_interpolation(bands: int, bins: int, sample_rate: int) -> Tensor:
 
 # ----------------------------------------------------------------------------- analysis
 
+def magnitude(spectrum: Tensor) -> Tensor:
+    """abs() of a complex tensor, three times as fast on a CPU; its gradient at 0 is 0 as well."""
+    return (spectrum.real.square() + spectrum.imag.square() + 1e-20).sqrt()
+
+
 class Analysis(nn.Module):
     """Audio to features per slot, causal: windows end where their hop ends."""
 
@@ -80,10 +85,10 @@ class Analysis(nn.Module):
         past = audio.new_zeros(B, LOW_FFT) if past is None else past
         x = torch.cat([past, audio], 1)
         mel_in = x[:, LOW_FFT - (self.fft - self.hop):]
-        spectrum = torch.fft.rfft(mel_in.unfold(1, self.fft, self.hop) * self.window).abs()           # (B, hops, bins)
+        spectrum = magnitude(torch.fft.rfft(mel_in.unfold(1, self.fft, self.hop) * self.window))      # (B, hops, bins)
         mel = (spectrum @ self.filters + LOG_FLOOR).log().view(B, N // self.cfg.slot_size, -1)
         low_in = x[:, self.cfg.slot_size:]
-        low = torch.fft.rfft(low_in.unfold(1, LOW_FFT, self.cfg.slot_size) * self.low_window)[..., 1:self.cfg.num_low_bins + 1].abs()
+        low = magnitude(torch.fft.rfft(low_in.unfold(1, LOW_FFT, self.cfg.slot_size) * self.low_window)[..., 1:self.cfg.num_low_bins + 1])
         features = torch.cat([mel, (low + 10 * LOG_FLOOR).log()], -1)
         return features * 0.2 + 0.5, x[:, -LOW_FFT:]
 
@@ -102,11 +107,19 @@ class ResidualQuantizer(nn.Module):
         self.register_buffer("codebooks", torch.randn(levels, size, dim) * 0.1)
         self.register_buffer("usage", torch.ones(levels, size), persistent=False)
         self.register_buffer("sums", self.codebooks.clone(), persistent=False)
+        self._known, self._norms = None, None
 
     def nearest(self, x: Tensor, level: int) -> Tensor:
         """x (M, dim) -> code index (M,)."""
-        book = self.codebooks[level]
-        return (book.pow(2).sum(1) - 2 * x @ book.T).argmin(1)
+        return torch.addmm(self.norms()[level], x, self.codebooks[level].T, alpha=-2.0).argmin(1)
+
+    def norms(self) -> Tensor:
+        """Squared length of every vector, (L, V); kept for as long as the codebooks stay what they are: for one frame they cost more than the search."""
+        books = self.codebooks
+        known = None if books.is_inference() else (books.data_ptr(), books._version)
+        if known is None or known != self._known:
+            self._known, self._norms = known, books.square().sum(2)
+        return self._norms
 
     def encode(self, z: Tensor, levels: int) -> Tensor:
         """z (B, T, dim) -> codes (B, levels, T)."""
@@ -193,8 +206,8 @@ class SourceFilter(nn.Module):
     def minimum_phase(self, log_envelope: Tensor) -> Tensor:
         """log magnitude (..., bins) -> complex minimum-phase response."""
         cepstrum = torch.fft.irfft(log_envelope, n=self.fft)
-        spectrum = torch.fft.rfft(cepstrum * self.fold)
-        return torch.polar(spectrum.real.exp(), spectrum.imag)               # exp of a complex tensor is six times slower on a CPU
+        angle, size = torch.fft.rfft(cepstrum * self.fold).imag.contiguous(), log_envelope.exp()
+        return torch.complex(size * angle.cos(), size * angle.sin())         # polar() is four times slower on a CPU
 
     def pulses(self, f0: Tensor, phase: Tensor) -> Tensor:
         """f0 (B, J) Hz, phase (B, J) at the window centres -> (B, J, 2 hop): sum of all harmonics below 11 kHz."""

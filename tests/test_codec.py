@@ -14,7 +14,7 @@ import codec_data
 import train_codec
 from codec_data import CodecData
 from config import CodecConfig, CodecTrainConfig
-from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics
+from rvq_tokenizer import Codec, ResidualQuantizer, SourceFilter, code_statistics, magnitude
 
 TINY = CodecConfig(num_codebooks=6, num_semantic=2, codebook_size=32, semantic_dim=8, acoustic_dim=12, width=24, latent=32, encoder_layers=1,
                    latent_layers=1, decoder_width=28, decoder_layers=3, num_mels=20, num_low_bins=24, num_bands=16)
@@ -117,6 +117,35 @@ def test_quantiser_refines_and_revives():
     quantizer.usage[0, 0] = 0.0
     quantizer.update(z, quantizer.encode(z, 3), decay=0.9)
     assert quantizer.codebooks[0, 0].abs().max() < 100, "a dead code must move to the data"
+
+
+def test_lengths_of_vectors_follow_the_codebooks():
+    """They are kept between calls, and made anew by training, loading and moving; the nearest vector is the one of a plain search."""
+    torch.manual_seed(0)
+    quantiser, x = ResidualQuantizer(2, 16, 4), torch.randn(50, 4)
+
+    def plain():
+        return torch.cdist(x, quantiser.codebooks[1]).argmin(1)
+    assert torch.equal(quantiser.nearest(x, 1), plain()) and quantiser.norms() is quantiser.norms()
+    quantiser.codebooks[1].mul_(torch.linspace(0.1, 9, 16)[:, None])
+    assert torch.equal(quantiser.nearest(x, 1), plain())
+    quantiser.load_state_dict({"codebooks": torch.randn(2, 16, 4).flip(1) * 3})
+    assert torch.equal(quantiser.nearest(x, 1), plain())
+    quantiser.update(torch.randn(1, 50, 4), quantiser.encode(torch.randn(1, 50, 4), 2), 0.5)
+    assert torch.equal(quantiser.nearest(x, 1), plain())
+    assert quantiser.double().norms().dtype == torch.float64
+    with torch.inference_mode():
+        quantiser.codebooks = torch.randn(2, 16, 4)                                              # such tensors do not tell of changes
+        quantiser.norms()
+        quantiser.codebooks.mul_(2)
+        assert torch.allclose(quantiser.norms(), quantiser.codebooks.square().sum(2))
+
+
+def test_magnitude_is_abs_with_a_gradient_at_zero():
+    spectrum = torch.tensor([3 + 4j, 0, -1e-4j, 1e6], requires_grad=True)
+    torch.testing.assert_close(magnitude(spectrum), spectrum.abs(), rtol=1e-6, atol=1e-9)
+    magnitude(spectrum).sum().backward()
+    assert torch.isfinite(torch.view_as_real(spectrum.grad)).all() and spectrum.grad[1] == 0
 
 
 def test_statistics():

@@ -165,3 +165,19 @@ def test_cross_attention_finds_nothing_behind_a_full_mask():
     nothing = torch.full((1, 2, 3, 5), -math.inf)
     assert torch.equal(cross.look(q, k, v, nothing), torch.zeros(1, 3, 8))
     assert cross.look(q, k, v, torch.zeros(1, 2, 3, 5)).abs().min() > 0
+
+
+@pytest.mark.parametrize("count, kernel", [(1, 5), (3, 7), (40, 7)])
+def test_taps_sum_to_the_convolution(count, kernel):
+    """Without gradients the taps are summed one by one; with them the library's convolution is the oracle."""
+    torch.manual_seed(0)
+    conv = layers.CausalDepthwise(6, kernel)
+    torch.nn.init.normal_(conv.bias)
+    x, past = torch.randn(2, count, 6), torch.randn(2, kernel - 1, 6)
+    for state in (None, past):
+        wanted, kept = conv(x, state)
+        assert wanted.requires_grad
+        with torch.no_grad():
+            summed, same = conv(x, state)
+        torch.testing.assert_close(summed, wanted.detach())
+        assert torch.equal(same, kept) and summed.is_contiguous()
