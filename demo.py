@@ -214,12 +214,12 @@ def _is_about(key: str, value: str, error: ValueError) -> bool:
 
 def check_text(text: str) -> str:
     """The text as it will be spoken. ValueError where it is empty, too long, or nothing of it can be spoken."""
-    from text_tokenizer import normalise
+    from text_tokenizer import read_aloud
     if not text.strip():
         raise ValueError("is empty: write what is said, or leave the field out to have the model answer")
     if len(text) > MAX_TEXT:
         raise ValueError(f"has {len(text)} characters, at most {MAX_TEXT} are spoken in one turn: split it into several turns")
-    return normalise(text)
+    return read_aloud(text)
 
 
 def check_mood(mood: str | None) -> None:
@@ -481,11 +481,11 @@ def written_voice(audio) -> dict:
     """A recording (N,) as generation.Session.set_voice takes it: its beginning, with what the ASR hears in it. With its words known the voice is kept best."""
     from audio_io import SAMPLE_RATE
     from generation import PROMPT_SECONDS
-    from text_tokenizer import normalise
+    from text_tokenizer import read_aloud
     audio = audio[:int(PROMPT_SECONDS * SAMPLE_RATE)]
     try:
         from judges import transcribe
-        return {"audio": audio, "text": normalise(transcribe(audio))}
+        return {"audio": audio, "text": read_aloud(transcribe(audio))}
     except (ImportError, ValueError, OSError) as error:                    # no ASR here, or nothing it can make out
         print(f"note: the voice is used without its words ({' '.join(str(error).split())[:100]})", file=sys.stderr)
         return {"audio": audio}

@@ -32,7 +32,7 @@ from config import ModelConfig, SamplingConfig, codec_columns
 from frame_step import FrameStep
 from moods import NEUTRAL, analysed, in_mood, shift
 from retriever import Retriever as Retriever
-from text_tokenizer import normalise
+from text_tokenizer import normalise, read_aloud
 from turns import (  # noqa: F401  (what others know under this module's name)
     END_FRAMES, END_GUARD, LEAD_FRAMES, LEAD_REST, QUIET_AT_END, QUIET_FRAMES, REPEAT_FRAMES, SECONDS_PER_BYTE, SECONDS_TO_SPARE, STALL_FRAMES,
     Finger, Guard, Lead, Speaking, Turn, audio_rows, begin_turn, cut_rows, device_of, frame_limits, guided, join, lead_of, prefill, text_rows, turn_rows)
@@ -44,7 +44,8 @@ BYTES_PER_SECOND = 25      # no transcript is longer than this allows
 REPLY_TOKENS = 160         # nor a reply than this
 REPLY_CHARACTERS = 1200    # of a reply that is cut into sentences
 SHORTEST = 12              # characters of a first sentence, so that it is no mere "Oh."
-SENTENCE_END = re.compile(r"[.?!]+[\"')\]]*\s+(?=\S)")
+SHORT = ("Mr", "Ms", "Dr", "St", "Mrs", "Prof", "vs", "[A-HJ-Z]")                          # a full stop after these ends no sentence
+SENTENCE_END = re.compile("".join(rf"(?<!\b{short})" for short in SHORT) + r"[.?!]+[\"')\]]*\s+(?=\S)")
 
 
 # ----------------------------------------------------------------------------- the codebooks a model uses
@@ -260,7 +261,8 @@ def sentence_end(text: str) -> int:
 def split_text(text: str, limit: int) -> list[str]:
     """Pieces of at most `limit` characters, cut at sentence ends, else at commas, else at spaces."""
     pieces = [text.strip()]
-    for mark in (r"(?<=[.?!])\s+", r"(?<=,)\s+", r"\s+", r"(?<=.{%d})" % limit):
+    ends = "".join(rf"(?<!\b{short}\.)" for short in SHORT) + r"(?<=[.?!])\s+"
+    for mark in (ends, r"(?<=,)\s+", r"\s+", r"(?<=.{%d})" % limit):
         pieces = [short for piece in pieces for short in (_pack(re.split(mark, piece), limit) if len(piece) > limit else [piece])]
     return [p for p in pieces if p]
 
@@ -355,7 +357,7 @@ class Session:
         readings = None
         if consumed is not None and guided(self.model.cfg) and len(consumed) == codes.shape[1]:
             readings = [first, first] + [first + n for n in consumed]
-        return Turn(speaker, normalise(text), mood, codes, readings=readings)
+        return Turn(speaker, read_aloud(text) if consumed is None else normalise(text), mood, codes, readings=readings)
 
     def _lead(self, speaker: int, mood: str | None = None) -> Lead | None:
         """What the model hears before a turn of `speaker`, put into the turn's mood, which it would drown out else."""
@@ -536,7 +538,7 @@ class Session:
 
     def planned(self, speaker: int, text: str, mood: str | None = None) -> tuple[Turn, Lead | None, int]:
         """The turn that `speaker` is to say now, the lead before it, and the positions that both need. Errors as of `speak`."""
-        turn = Turn(speaker, normalise(text), mood)
+        turn = Turn(speaker, read_aloud(text), mood)
         tokens = len(self.tokenizer.speak_prefix(speaker, mood)) + len(self.tokenizer.encode(turn.text)) + 1
         self._opens(speaker)
         seconds, lead = min(self.sampling.max_seconds, SECONDS_TO_SPARE + SECONDS_PER_BYTE * tokens), self._lead(speaker, mood)

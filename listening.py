@@ -28,7 +28,7 @@ from torch import Tensor
 
 from config import codec_columns
 from frame_step import FrameStep
-from text_tokenizer import normalise
+from text_tokenizer import read_aloud
 from turns import Turn, audio_rows, cut_rows, device_of, join, prefill, text_rows, turn_rows
 from writing import Earlier
 
@@ -176,7 +176,7 @@ class Listener:
 
     def heard(self, text: str) -> Turn:
         codes = torch.cat(self.codes, 1).long().cpu() if self.codes else torch.zeros(self.session.model.cfg.num_codebooks, 0, dtype=torch.long)
-        return Turn(self.speaker, normalise(text) if text else "", None, codes, np.concatenate(self.audio), heard=True)
+        return Turn(self.speaker, read_aloud(text) if text else "", None, codes, np.concatenate(self.audio), heard=True)
 
     def closing(self, text: str | None = None) -> Iterator[Tensor]:
         """End frame, transcript, memory slots; the turn is in the session's turns."""
@@ -220,7 +220,7 @@ def _exhaust(steps: Iterator) -> None:
 
 def listen(session, speaker: int, audio: np.ndarray, text: str) -> Turn:
     """The same turn offline: all the sound at once, after it was said. The oracle of Listener."""
-    turn = Turn(speaker, normalise(text), None, session._codes(audio, None), np.asarray(audio, dtype=np.float32), heard=True)
+    turn = Turn(speaker, read_aloud(text), None, session._codes(audio, None), np.asarray(audio, dtype=np.float32), heard=True)
     session._opens(speaker)
     session._room(room_for(session, len(session.tokenizer.listen_prefix(speaker)), turn.num_frames, turn.text), coming=1)
     session._put(turn)

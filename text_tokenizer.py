@@ -12,6 +12,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from abbreviations import written_out
 from config import MOODS
 
 PAD, BOS, EOT, LISTEN, TRANSCRIPT = 256, 257, 258, 259, 260
@@ -119,6 +120,11 @@ def _punctuate(text: str) -> str:
 def normalise(text: str) -> str:
     """The model's text: `spoken(text)` in lower case (same length, so positions carry over)."""
     return spoken(text).lower()
+
+
+def read_aloud(text: str) -> str:
+    """The model's text of what somebody typed: `normalise`, with titles, units, dates and abbreviations in words first. Training texts hold none of these."""
+    return normalise(written_out(text))
 
 
 def sentence_case(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports only from lower ranks; siblings never import each other.
-RANKS = {"config": 0, "small_language_model": 0,
+RANKS = {"config": 0, "small_language_model": 0, "abbreviations": 0,
          "runtime": 1, "audio_io": 1, "text_tokenizer": 1, "retriever": 1, "mirroring": 1, "word_model": 1, "serve_limits": 1, "serve_schemas": 1,
          "layers": 2, "parallel": 2, "optimisers": 2, "endpointing": 2, "speech_formats": 2, "watermark": 2, "corpora": 2, "shards": 2, "judges": 2, "moods": 2,
          "rvq_tokenizer": 3, "mimi_codec": 3, "discriminators": 3, "additions": 3, "ear": 3, "csm_weights": 3, "filters": 3, "segmentation": 3,
