@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 
 LETTERS = dict(zip("abcdefghijklmnopqrstuvwxyz", "ay,bee,see,dee,ee,eff,jee,aitch,eye,jay,kay,ell,em,en,oh,pee,cue,are,ess,tee,you,vee,double you,ex,why,zee".split(",")))
-WORDS = {"Mr": "mister", "Mrs": "missus", "Dr": "doctor", "Drs": "doctors", "PhD": "pee aitch dee", "OK": "okay", "etc": "et cetera", "e.g": "for example", "i.e": "that is"}
+WORDS = {"Mr": "mister", "Mrs": "missus", "Dr": "doctor", "Drs": "doctors", "PhD": "pee aitch dee", "USA": "you-ess-ay", "OK": "okay", "etc": "et cetera", "e.g": "for example", "i.e": "that is"}
 SPELLED = {"AI", "API", "ATM", "CEO", "CIA", "DIY", "EU", "EV", "FAQ", "FBI", "IBM", "ID", "IP", "IQ", "IRS", "OS", "SUV", "UFO", "UI", "UK", "UN", "URL", "USB", "UV", "VIP"}
 SOUNDS = {"BRR", "GRR", "HM", "HMM", "MM", "MMM", "PFFT", "PSST", "SH", "SHH", "SHHH", "TSK", "ZZZ"}
-READ = {"usa": "USA", "us": "you ess", "am": "ay em"}           # of letters with dots
+READ = {"eg": "for example", "ie": "that is", "usa": WORDS["USA"]}     # of letters with dots
 TITLED = re.compile(r"\b(" + "|".join(map(re.escape, WORDS)) + r")\b\.?")
 DOTTED = re.compile(r"\b((?:[A-Za-z]\.\s?){1,5}[A-Za-z]\.)(?!\w)")
 CAPITALS = re.compile(r"\b([A-Z]{2,5})('?s)?\b")
@@ -45,8 +45,7 @@ def _word(match: re.Match) -> str:
 
 def _dotted(match: re.Match) -> str:
     letters = re.sub(r"[^a-z]", "", match[0].lower())
-    known = {"eg": "for example", "ie": "that is"} | READ
-    return known.get(letters, spelled(letters)) + _ends(match)
+    return READ.get(letters, spelled(letters)) + _ends(match)
 
 
 def _capitals(match: re.Match) -> str:

@@ -115,7 +115,7 @@ class Service:
         """Everything that loads on first use, so that the first user does not wait."""
         self.responder.warm()
         with_voice = next(iter(self.voices), None)
-        for _ in self.speak("Hello.", with_voice).pieces:
+        for _ in self.speak("Hello number 1.", with_voice, mood="happy").pieces:    # a number loads what writes it out, a mood the vocoder
             pass
         ready = self.ears.submit(0.01 * np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32), SAMPLE_RATE)
         if ready is not None:

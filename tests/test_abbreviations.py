@@ -14,6 +14,7 @@ READ = [
     ("It was 5 km at 7:05 p.m. on Jan. 3rd, 1998.", "it was five kilometers at seven oh five pee em on january third, nineteen ninety-eight."),
     ("We came at 9 a.m. He left at 5 p.m.", "we came at nine ay em. he left at five pee em."),
     ("From the U.S. to the U.K., e.g. by ship, etc.", "from the you ess to the you kay, for example by ship, et cetera."),
+    ("The U.S.A. and the USA", "the you-ess-ay and the you-ess-ay"),
     ("Henry VIII ate 1/2 of it.", "henry the eighth ate one half of it."),
     ("A PhD? I.e. a doctor.", "a pee aitch dee? that is a doctor."),
 ]
