@@ -498,7 +498,7 @@ def shipped_voices(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*.flac")):
         about = path.with_suffix(".json")
         facts = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        voices.append({"audio": read_audio(path), "text": facts.get("text"), "consumed": facts.get("consumed")})
+        voices.append({"audio": read_audio(path), "text": facts.get("text"), "consumed": facts.get("consumed"), "moods": {}})
     return voices
 
 
@@ -611,6 +611,7 @@ class Chat:
         self.session, self.history, self.spoken = self.lab.session(), [], []
         self.lab.set_voice(self.session, 1, self.voice)
         self.session.prepare()
+        self.session.make_moods(1)
 
     def answer(self, line: str) -> None:
         from audio_io import SAMPLE_RATE, write_audio
@@ -660,6 +661,7 @@ class Chat:
             self.voice = read_voice(rest)
             self.lab.set_voice(self.session, 1, self.voice)
             self.session.prepare()
+            self.session.make_moods(1)
             print(f"answering in the voice of {rest}")
         else:
             raise ValueError("/voice needs a file: /voice FILE" if name == "/voice" else f"unknown command {name}: type /help")

@@ -30,7 +30,7 @@ from torch import Tensor
 from architecture import CSM, FrameBatch, Slots
 from config import ModelConfig, SamplingConfig, codec_columns
 from frame_step import FrameStep
-from moods import NEUTRAL, analysed, in_mood, shift
+from moods import NEUTRAL, USUAL, Sample, analysed, in_mood, shift
 from retriever import Retriever as Retriever
 from text_tokenizer import normalise, read_aloud
 from turns import (  # noqa: F401  (what others know under this module's name)
@@ -310,15 +310,16 @@ class Session:
         self.write = stream_text                    # or a speculative.TextLookup
         self._rehearsed: list[int] = []             # a reply as it would have been before the user's turn was over
         self._reply_seed: int | None = None         # of the next reply's random numbers, once somebody has asked
-        self._moods: dict[int, tuple] = {}          # speaker -> the turn its lead is from, that taken apart, and said in other moods
+        self._moods: dict[int, tuple] = {}          # speaker -> the turn its lead is from, and what was made of that for moods, whether others share it
 
     # ---- what is known
 
     def set_voice(self, speaker: int, audio: np.ndarray | None = None, codes: Tensor | None = None,
-                  text: str | None = None, consumed: list[int] | None = None) -> None:
+                  text: str | None = None, consumed: list[int] | None = None, moods: dict | None = None) -> None:
         """Let `speaker` sound like this recording (at most PROMPT_SECONDS of it); with `text` it counts as spoken, else as heard.
 
         consumed: bytes of the text spoken by the end of each frame, where that is known; else the model's own finger is followed.
+        moods: a dict that keeps what is made of this voice for moods; with the same one it is made once for many sessions.
         """
         codes = self._codes(audio, codes)
         if text is None:
@@ -326,6 +327,7 @@ class Session:
         voice = self.voices[speaker] = self._given(speaker, text, None, codes, consumed)
         if not voice.heard and voice.readings is None and codes.shape[1]:
             voice.readings = trace(self.model, self.tokenizer, voice)
+        self._moods[speaker] = voice, {} if moods is None else moods, moods is not None
         self._state = None
 
     def add_turn(self, speaker: int, text: str | None = None, audio: np.ndarray | None = None, codes: Tensor | None = None,
@@ -377,19 +379,28 @@ class Session:
     @torch.inference_mode()
     def _in_mood(self, speaker: int, turn: Turn, lead: Lead, mood: str) -> Lead:
         """The lead said in another mood; as it is where that cannot be done (moods.analysed)."""
-        sample, known = self._taken_apart(speaker, turn, lead)
-        if sample is not None and mood not in known:
-            codes = self._codes(in_mood(sample, shift(mood, turn.mood, self.sampling.mood_strength)), None)
-            places = np.linspace(0, lead.num_frames, codes.shape[1], endpoint=False).astype(int)             # of each new frame in the old ones
-            known[mood] = Lead(lead.text, codes, [lead.read[i] for i in places])
-        return known.get(mood, lead)
+        known, key, size = self._known(speaker, turn), self._key(mood, lead), lead.num_frames
+        if key not in known:
+            if size not in known:
+                known[size] = analysed(sound_of_codes(self.model.cfg, self.codec, lead.codes.to(device_of(self.codec))).cpu().numpy())
+            known[key] = self._reshaped(lead, known[size], shift(mood, turn.mood, self.sampling.mood_strength))
+        return known[key]
 
-    @torch.inference_mode()
-    def _taken_apart(self, speaker: int, turn: Turn, lead: Lead) -> tuple:
-        """(moods.Sample of the lead or None, mood -> Lead), kept for as long as the lead comes from `turn`."""
+    def _key(self, mood: str, lead: Lead) -> tuple:
+        return mood, self.sampling.mood_strength, lead.num_frames
+
+    def _known(self, speaker: int, turn: Turn) -> dict:
+        """What was made of `turn` for moods, for as long as leads come from it: frames -> moods.Sample or None, key -> Lead."""
         if self._moods.get(speaker, (None,))[0] is not turn:
-            self._moods[speaker] = turn, analysed(sound_of_codes(self.model.cfg, self.codec, lead.codes.to(device_of(self.codec))).cpu().numpy()), {}
-        return self._moods[speaker][1:]
+            self._moods[speaker] = turn, {}, False
+        return self._moods[speaker][1]
+
+    def _reshaped(self, lead: Lead, sample: Sample | None, change: tuple[float, ...]) -> Lead:
+        if sample is None:
+            return lead
+        codes = self._codes(in_mood(sample, change), None)
+        places = np.linspace(0, lead.num_frames, codes.shape[1], endpoint=False).astype(int)                 # of each new frame in the old ones
+        return Lead(lead.text, codes, [lead.read[i] for i in places])
 
     # ---- the window
 
@@ -397,18 +408,23 @@ class Session:
         """Fill the window now (after a turn, say), so that the next turn need not. speaker: who is going to speak, where that is known."""
         if speaker is not None:
             self._opens(speaker)
-        for one in (self.voices if speaker is None else [speaker]) if self.sampling.mood_strength else []:
-            turn, lead = self._said_before(one)
-            if lead is not None:
-                self._taken_apart(one, turn, lead)
         limit = self.model.cfg.backbone.max_positions
         self._room(min(limit // 2, 256 + int(self.sampling.max_seconds * self.model.cfg.frame_rate)))
+
+    def make_moods(self, speaker: int, count: int = len(USUAL)) -> None:
+        """Make now what a turn of `speaker` in a mood begins with, for so many moods that were not made yet, about 40 ms each; else the first turn in a mood waits for it."""
+        turn, lead = self._said_before(speaker)
+        if lead is None or not self.sampling.mood_strength:
+            return
+        made = self._known(speaker, turn)
+        for mood in [m for m in USUAL if self._key(m, lead) not in made][:count]:
+            self._lead(speaker, mood)
 
     def rest(self) -> None:
         """Give the buffers back (tens of MB); turns and memory slots stay, the next turn fills the window again."""
         self._state = self._spare = None
         self._said = self._said and (self._said[0], None)
-        self._moods.clear()
+        self._moods = {speaker: made for speaker, made in self._moods.items() if made[2]}
 
     def _too_many(self, coming: int) -> bool:
         """More turns in the window than it is for, `coming` ones included; one always stays."""

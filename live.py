@@ -515,6 +515,7 @@ class LiveConversation:
         self._answer(reply)
         if not reply.stopped.is_set() and self._jobs.empty():
             self._call(lambda: self.session.prepare(MODEL))
+            self._call(lambda: self.session.make_moods(MODEL, 1))
 
     def _transcript(self, job: Job) -> str:
         future = job.draft or self.ears.submit(job.audio, self.sample_rate)

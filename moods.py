@@ -21,6 +21,7 @@ MOOD_PROSODY = {
     "sad": (-1.3, -0.30, -3.0, -0.11), "angry": (0.5, 0.15, 3.5, 0.06), "calm": (-0.6, -0.15, -1.5, -0.06),
     "worried": (0.8, -0.12, -0.8, 0.03), "surprised": (2.2, 0.25, 1.5, -0.02)}
 NEUTRAL = "neutral"
+USUAL = ("calm", "happy", "surprised", "excited", "worried", "sad", "angry")       # the others, the most frequent in the written answers first
 HOP = 5.0                                          # ms between the vocoder's frames
 FLOOR, CEILING = 70.0, 600.0                       # Hz of its pitch
 VOICED = 20                                        # frames of pitch that a sample needs

@@ -163,7 +163,9 @@ class Ours:
         seconds = {} if self.trained else {"max_seconds": self.spec["frames"] / self.model.cfg.frame_rate}
         sampling = config.SamplingConfig(seed=item["seed"], **seconds)
         if self.trained:
-            return self.tools["session_with_voices"](self.talker, self.spec["data"], item["turns"], item["index"], sampling)
+            session = self.tools["session_with_voices"](self.talker, self.spec["data"], item["turns"], item["index"], sampling)
+            session.make_moods(item["turns"][item["index"]]["custom"]["speaker_index"])          # as in a conversation that goes on
+            return session
         session = Session(self.model, self.codec, self.tokenizer, sampling)
         session.prepare(0)
         return session

@@ -54,8 +54,9 @@ class Retriever:
         for number, score in scores.most_common(max(self.LOOKED_AT, count)):
             said, reply, turns = self.pairs[number]
             echo = sum(v * about.get(t, 0.0) for t, v in self._vector(Counter(_terms(reply["text"]))).items())
-            found.append(Match(score * (self.OPENING if turns == 0 else 1.0) + self.ECHO * echo, reply, self._covered(text, f"{said} {reply['text']}")))
-        return sorted(found, key=lambda match: -match.score)[:count]
+            found.append((score * (self.OPENING if turns == 0 else 1.0) + self.ECHO * echo, said, reply))
+        best = sorted(found, key=lambda one: -one[0])[:count]
+        return [Match(score, reply, self._covered(text, f"{said} {reply['text']}")) for score, said, reply in best]
 
     def _covered(self, text: str, known: str) -> float:
         words, there = set(_words(text)), set(_words(known))

@@ -71,7 +71,7 @@ def spoken_character(name: str, codec) -> dict:
     shape, _, more = CHARACTERS[name]
     said, text = synthetic.speak(SAMPLE_TEXT, synthetic.Character(name, "hibari", **(shape | more))), normalise(SAMPLE_TEXT)
     frames = -(-len(said.audio) // codec.cfg.frame_size)
-    return {"audio": said.audio, "text": text, "consumed": consumed_bytes(said.words, len(text), frames, 1 / codec.cfg.frame_rate).tolist()}
+    return {"audio": said.audio, "text": text, "consumed": consumed_bytes(said.words, len(text), frames, 1 / codec.cfg.frame_rate).tolist(), "moods": {}}
 
 
 @dataclass
@@ -115,6 +115,8 @@ class Service:
         """Everything that loads on first use, so that the first user does not wait."""
         self.responder.warm()
         with_voice = next(iter(self.voices), None)
+        if with_voice:
+            self.session(self.voices[with_voice].arguments).make_moods(MODEL)
         for _ in self.speak("Hello number 1.", with_voice, mood="happy").pieces:    # a number loads what writes it out, a mood the vocoder
             pass
         ready = self.ears.submit(0.01 * np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32), SAMPLE_RATE)
