@@ -364,7 +364,7 @@ class SamplingConfig:
     text_temperature: float = 0.7
     max_seconds: float = 30.0         # a turn is ended here at the latest
     lead_seconds: float = 2.0         # so much of what a speaker said or of its voice is heard by the model as the beginning of its turn, which keeps the voice; 0: nothing
-    mood_strength: float = 1.5        # how far that beginning is put into the mood of the turn, times the moods of the training characters; 0: it stays as it was said
+    mood_strength: float = 2.0        # how far that beginning is put into the mood of the turn, times the moods of the training characters; 0: it stays as it was said
     seed: int = 0
 
     def __post_init__(self):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from audio_io import SAMPLE_RATE, resample
+from audio_io import SAMPLE_RATE
 
 # Per mood at full strength: pitch level (semitones), pitch range (log ratio), loudness (dB), pace (log ratio).
 MOOD_PROSODY = {
@@ -57,17 +57,12 @@ def analysed(audio: np.ndarray) -> Sample | None:
 
 
 def in_mood(sample: Sample, change: tuple[float, ...]) -> np.ndarray:
-    """The sample with pitch level (semitones), pitch range (log ratio), loudness (dB) and pace (log ratio) changed -> audio (N,) at 24 kHz.
-
-    Half of the level comes from resampling, as in the synthetic characters: a voice that rises a little sounds a little smaller.
-    """
+    """The sample with pitch level (semitones), pitch range (log ratio), loudness (dB) and pace (log ratio) changed -> audio (N,) at 24 kHz."""
     import pyworld
     level, wider, loudness, pace = change
-    size = 2 ** (0.5 * level / 12)
     voiced = sample.f0 > 0
     tone = np.log(np.maximum(sample.f0, 1.0))
     away = np.clip(tone - np.median(tone[voiced]), -0.4, 0.5)
-    f0 = np.where(voiced, np.exp(tone + away * (math.exp(wider) - 1.0) + 0.5 * level * math.log(2) / 12), 0.0)
-    sound = pyworld.synthesize(f0, sample.spectrum, sample.aperiodicity, SAMPLE_RATE, frame_period=HOP * size / math.exp(pace))
-    sound = resample(sound, SAMPLE_RATE * size, SAMPLE_RATE) * 10 ** (loudness / 20)
+    f0 = np.where(voiced, np.exp(tone + away * (math.exp(wider) - 1.0) + level * math.log(2) / 12), 0.0)
+    sound = pyworld.synthesize(f0, sample.spectrum, sample.aperiodicity, SAMPLE_RATE, frame_period=HOP / math.exp(pace)) * 10 ** (loudness / 20)
     return (sound * min(1.0, 0.97 / max(1e-6, float(np.abs(sound).max())))).astype(np.float32)
