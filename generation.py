@@ -311,6 +311,7 @@ class Session:
         self._rehearsed: list[int] = []             # a reply as it would have been before the user's turn was over
         self._reply_seed: int | None = None         # of the next reply's random numbers, once somebody has asked
         self._moods: dict[int, tuple] = {}          # speaker -> the turn its lead is from, and what was made of that for moods, whether others share it
+        self._sample: tuple | None = None           # of the newest lead that was put into a mood: its turn, frames, moods.Sample
 
     # ---- what is known
 
@@ -379,18 +380,22 @@ class Session:
     @torch.inference_mode()
     def _in_mood(self, speaker: int, turn: Turn, lead: Lead, mood: str) -> Lead:
         """The lead said in another mood; as it is where that cannot be done (moods.analysed)."""
-        known, key, size = self._known(speaker, turn), self._key(mood, lead), lead.num_frames
+        known, key = self._known(speaker, turn), self._key(mood, lead)
         if key not in known:
-            if size not in known:
-                known[size] = analysed(sound_of_codes(self.model.cfg, self.codec, lead.codes.to(device_of(self.codec))).cpu().numpy())
-            known[key] = self._reshaped(lead, known[size], shift(mood, turn.mood, self.sampling.mood_strength))
+            known[key] = self._reshaped(lead, self._taken_apart(turn, lead), shift(mood, turn.mood, self.sampling.mood_strength))
         return known[key]
+
+    def _taken_apart(self, turn: Turn, lead: Lead) -> Sample | None:
+        """The newest lead that was put into a mood, taken apart: megabytes, so it is not for others to keep."""
+        if self._sample is None or self._sample[0] is not turn or self._sample[1] != lead.num_frames:
+            self._sample = turn, lead.num_frames, analysed(sound_of_codes(self.model.cfg, self.codec, lead.codes.to(device_of(self.codec))).cpu().numpy())
+        return self._sample[2]
 
     def _key(self, mood: str, lead: Lead) -> tuple:
         return mood, self.sampling.mood_strength, lead.num_frames
 
     def _known(self, speaker: int, turn: Turn) -> dict:
-        """What was made of `turn` for moods, for as long as leads come from it: frames -> moods.Sample or None, key -> Lead."""
+        """What was made of `turn` for moods, key -> Lead, for as long as leads come from it."""
         if self._moods.get(speaker, (None,))[0] is not turn:
             self._moods[speaker] = turn, {}, False
         return self._moods[speaker][1]
@@ -417,14 +422,17 @@ class Session:
         if lead is None or not self.sampling.mood_strength:
             return
         made = self._known(speaker, turn)
-        for mood in [m for m in USUAL if self._key(m, lead) not in made][:count]:
+        missing = [m for m in USUAL if self._key(m, lead) not in made]
+        for mood in missing[:count]:
             self._lead(speaker, mood)
+        if count >= len(missing):
+            self._sample = None
 
     def rest(self) -> None:
         """Give the buffers back (tens of MB); turns and memory slots stay, the next turn fills the window again."""
         self._state = self._spare = None
         self._said = self._said and (self._said[0], None)
-        self._moods = {speaker: made for speaker, made in self._moods.items() if made[2]}
+        self._moods, self._sample = {speaker: made for speaker, made in self._moods.items() if made[2]}, None
 
     def _too_many(self, coming: int) -> bool:
         """More turns in the window than it is for, `coming` ones included; one always stays."""

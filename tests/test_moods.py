@@ -111,16 +111,16 @@ def test_it_is_made_once(session):
     session.prepare(0)
     assert not session.taken                                                                        # whoever speaks without a mood does not wait
     session.make_moods(0, 2)
-    made = [mood for mood, *_ in filter(lambda key: isinstance(key, tuple), session._known(0, session.voices[0]))]
-    assert made == list(moods.USUAL[:2]) and len(session.taken) == 1
+    assert [mood for mood, *_ in session._known(0, session.voices[0])] == list(moods.USUAL[:2]) and len(session.taken) == 1
     first = session._lead(0, moods.USUAL[0])
     assert session._lead(0, moods.USUAL[0]) is first and session._lead(0, "angry") is not first and len(session.taken) == 1
     session.make_moods(0)
-    assert {*moods.USUAL, moods.NEUTRAL} == set(MOODS) and sum(isinstance(key, tuple) for key in session._known(0, session.voices[0])) == 7
+    assert {*moods.USUAL, moods.NEUTRAL} == set(MOODS) and len(session._known(0, session.voices[0])) == 7
+    assert session._sample is None and len(session.taken) == 1                                      # megabytes, of no more use
     session.voices[0] = said()
     assert session._lead(0, "happy") is not first and len(session.taken) == 2
     session.rest()
-    assert not session._moods                                                                       # megabytes
+    assert not session._moods and session._sample is None
 
 
 def test_a_voice_of_many_sessions_is_made_once(session):
@@ -129,11 +129,11 @@ def test_a_voice_of_many_sessions_is_made_once(session):
     for one in (first, second):
         one.set_voice(0, codes=said().codes, text="oh well now.", consumed=[2, 3, 5, 6, 8, 9, 11, 12], moods=shared)
     lead = first._lead(0, "sad")
-    assert second._lead(0, "sad") is lead and len(session.taken) == 1
+    assert second._lead(0, "sad") is lead and len(session.taken) == 1 and not any(isinstance(made, moods.Sample) for made in shared.values())
     second.rest()
     assert second._lead(0, "sad") is lead
     second.sampling = dataclasses.replace(GREEDY, mood_strength=2.0)
-    assert second._lead(0, "sad") is not lead and len(session.taken) == 1                           # said again, taken apart once
+    assert second._lead(0, "sad") is not lead and len(session.taken) == 2                           # said again
     second.set_voice(0, codes=said().codes, text="oh well now.", consumed=[2, 3, 5, 6, 8, 9, 11, 12])
     assert second._lead(0, "sad") is not lead and first._lead(0, "sad") is lead
 
