@@ -21,6 +21,7 @@ WAS = {"was": "were", "wasn't": "weren't"}                      # after "I"
 TO_THE_LISTENER = re.compile(r"\b(?:you|your|yours|yourself|you're|you've|you'd|you'll|let's)\b", re.I)
 OPENERS = re.compile(r"(?:(?:oh|um|uh|er|well|and|but|so|okay|ok|yes|yeah|yep|no|nope|nah|hmm|hm|mm|ah|aw|look|right|because|still|then|honestly|actually|anyway|"
                      r"also|please|sorry|ha|hi|hello|hey|wait)\b[ ,.!]*)+", re.I)
+SENTENCE = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bProf\.)(?:(?<=[.?!])\s+(?=[A-Z])|(?<=[a-z]{3}[.?!])\s+)")     # between two
 PARTING = re.compile(r"\b(?:bye|goodbye|good night|goodnight|thanks|thank you|see you|cheers)\b", re.I)
 NOTHING = {"something", "anything", "nothing", "everything", "someone", "anyone", "everyone", "somebody", "anybody", "everybody", "nobody", "one", "thing", "things", "lot", "kind",
            "sort", "bit", "way", "time", "deal", "rest", "ones", "moment", "ok", "okay"}
@@ -58,7 +59,7 @@ def mirror(text: str, weight: Mapping[str, float] | None = None) -> str | None:
     """
     if PARTING.search(text):
         return None
-    found = [taken for sentence in re.findall(r"[^.?!]+[.?!]*", text) if (taken := _taken_up(sentence))]
+    found = [taken for sentence in SENTENCE.split(text.strip()) if (taken := _taken_up(sentence))]
     if not found:
         return None
     best = max(found, key=lambda taken: _tells(taken, weight or {}))

@@ -12,6 +12,8 @@ from mirroring import mirror
     ("He told me I am wrong.", "He told you you are wrong?"),
     ("Oh, um, well, the clutch is gone.", "The clutch is gone?"),
     ("And wearing my late husband's fishing jacket. No wonder.", "Wearing your late husband's fishing jacket?"),
+    ("Dr. Lee came at 9 p.m. on Friday.", "Dr. Lee came at 9 p.m. on Friday?"),                         # a stop that ends no sentence
+    ("i left. she stayed with my parrot.", "She stayed with your parrot?"),
     ("What about the old lighthouse?", "The old lighthouse?"),                                          # of a question the thing
     ("There's a dog in my kitchen and it is certainly not my dog at all.", "Your kitchen?"),            # of a long sentence as well
     ("Do you like my red bicycle?", "Your red bicycle?"),
