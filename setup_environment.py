@@ -25,7 +25,7 @@ SUPPORTED = ((3, 11), (3, 13))    # what the pinned packages run on; 3.11 is the
 FREE_GB = 3.0                     # less than this and the installation would not fit
 # These ask for packages that are obsolete or do not load beside a CPU-only torch, and run without them.
 NO_DEPS = ("Resemblyzer==0.1.4", "distillmos==0.9.1", "xls-r-sqa==0.1.0")
-# pyworld (the pitch judge) and pesq need a C++ compiler where there is no wheel; sounddevice plays and records; pesq and pystoi
+# pyworld (moods, the pitch judge) and pesq need a C++ compiler where there is no wheel; sounddevice plays and records; pesq and pystoi
 # compare a codec with its input; pocketsphinx is the second ASR and hears pronunciations.
 OPTIONAL = ("pyworld==0.3.5", "sounddevice==0.5.6", "pesq==0.0.4", "pystoi==0.4.1", "pocketsphinx==5.1.1")
 # transformers holds the reference CSM that the tests compare ours with; openai is the client that the server is tested with, schemathesis and
