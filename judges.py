@@ -77,6 +77,7 @@ SPELLINGS = {
     "gonna": "going to", "wanna": "want to", "gotta": "got to", "kinda": "kind of", "sorta": "sort of", "lemme": "let me",
     "gimme": "give me", "dunno": "do not know", "cannot": "can not", "can't": "can not", "won't": "will not", "shan't": "shall not",
     "let's": "let us", "y'all": "you all", "ma'am": "madam", "o'clock": "oclock",
+} | {w + "our" + end: w + "or" + end for w in "arm endeav harb lab od parl rum sav splend tum vap vig".split() for end in ("", "s", "ed", "ing")
 } | {f"{w}'s": f"{w} is" for w in "it that what he she there here where who how".split()}
 ENDINGS = (("n't", " not"), ("'re", " are"), ("'ve", " have"), ("'ll", " will"), ("'m", " am"), ("'d", " would"))
 FILLERS = {"hmm", "hm", "mm", "mmm", "mhm", "uh", "um", "er", "erm", "huh"}   # ASR leaves these out at will

@@ -37,6 +37,11 @@ def test_same_speech_written_otherwise_is_no_error(one, other):
     assert judge.word_error_rate(other, one)["wer"] == 0
 
 
+def test_british_spelling_sounds_the_same():
+    assert judge.word_error_rate("the harbour, rumours, a vapour, they laboured", "The harbor. Rumors, a vapor. They labored.")["wer"] == 0
+    assert judge.word_error_rate("four hours of your tour", "for hors of yor tor")["wer"] > 0.5
+
+
 def test_digits_do_not_tell_how_they_were_said():
     """A time written without its colon counts as it was said, in whichever reading is nearer; amounts stay amounts."""
     for said, heard in (("it was at two oh five.", "It was at 205."), ("at twelve fifteen, platform two", "at 12.15, Platform 2"), ("at ten thirty", "at 1030."), ("at nine twenty", "at 9 20."),
