@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 
 LETTERS = dict(zip("abcdefghijklmnopqrstuvwxyz", "ay,bee,see,dee,ee,eff,jee,aitch,eye,jay,kay,ell,em,en,oh,pee,cue,are,ess,tee,you,vee,double you,ex,why,zee".split(",")))
-WORDS = {"Mr": "mister", "Mrs": "missus", "Dr": "doctor", "Drs": "doctors", "PhD": "pee aitch dee", "USA": "you-ess-ay", "OK": "okay", "etc": "et cetera", "e.g": "for example", "i.e": "that is"}
-SPELLED = {"AI", "API", "ATM", "CEO", "CIA", "DIY", "EU", "EV", "FAQ", "FBI", "IBM", "ID", "IP", "IQ", "IRS", "OS", "SUV", "UFO", "UI", "UK", "UN", "URL", "USB", "UV", "VIP"}
+WORDS = {"Mr": "mister", "MR": "mister", "Mrs": "missus", "MRS": "missus", "Dr": "doctor", "DR": "doctor", "PhD": "pee aitch dee", "USA": "you-ess-ay", "OK": "okay", "etc": "et cetera", "e.g": "for example", "i.e": "that is"}
+SPELLED = {"AI", "API", "ATM", "CEO", "CIA", "DIY", "EU", "EV", "FAQ", "FBI", "IBM", "ID", "IP", "IQ", "IRS", "NYC", "OS", "SUV", "UFO", "UI", "UK", "UN", "URL", "USB", "UV", "VIP"}
 SOUNDS = {"BRR", "GRR", "HM", "HMM", "MM", "MMM", "PFFT", "PSST", "SH", "SHH", "SHHH", "TSK", "ZZZ"}
 READ = {"eg": "for example", "ie": "that is", "usa": WORDS["USA"]}     # of letters with dots
 TITLED = re.compile(r"\b(" + "|".join(map(re.escape, WORDS)) + r")\b\.?")
@@ -29,7 +29,7 @@ def written_out(text: str) -> str:
     from hibari.g2p.normalize import normalize
     text = normalize(WORD_TOO.sub(r"\1 .", text))                                            # apart from its stop it is left alone
     text = TITLED.sub(_word, DOTTED.sub(_dotted, text))
-    return CAPITALS.sub(_capitals, text) if re.search("[a-z]", text) else text                # a text all in capitals is shouted, not spelled
+    return CAPITALS.sub(_capitals, text)
 
 
 def _ends(match: re.Match) -> str:
@@ -39,8 +39,7 @@ def _ends(match: re.Match) -> str:
 
 
 def _word(match: re.Match) -> str:
-    title = match[1] in ("Mr", "Mrs", "Dr", "Drs")
-    return WORDS[match[1]] + ("" if title else _ends(match))
+    return WORDS[match[1]] + ("" if match[1].lower() in ("mr", "mrs", "dr") else _ends(match))
 
 
 def _dotted(match: re.Match) -> str:

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Mapping, NamedTuple
 
 LONGEST = 10                                                    # words of a clause that is said back whole
+MOST = 80                                                       # characters of anything that is said back
 FLIPPED = {"i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "we": "you", "us": "you", "our": "your", "ours": "yours",
            "i'm": "you're", "i've": "you've", "i'd": "you'd", "i'll": "you'll", "we're": "you're", "we've": "you've", "we'd": "you'd", "we'll": "you'll", "am": "are"}
 WAS = {"was": "were", "wasn't": "weren't"}                      # after "I"
@@ -59,7 +60,7 @@ def mirror(text: str, weight: Mapping[str, float] | None = None) -> str | None:
     """
     if PARTING.search(text):
         return None
-    found = [taken for sentence in SENTENCE.split(text.strip()) if (taken := _taken_up(sentence))]
+    found = [taken for sentence in SENTENCE.split(text.strip()) if (taken := _taken_up(sentence)) and len(taken) <= MOST and re.search("[A-Za-z]{2}", taken)]
     if not found:
         return None
     best = max(found, key=lambda taken: _tells(taken, weight or {}))

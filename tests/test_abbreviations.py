@@ -15,10 +15,11 @@ READ = [
     ("We came at 9 a.m. He left at 5 p.m.", "we came at nine ay em. he left at five pee em."),
     ("From the U.S. to the U.K., e.g. by ship, etc.", "from the you ess to the you kay, for example by ship, et cetera."),
     ("The U.S.A. and the USA", "the you-ess-ay and the you-ess-ay"),
+    ("TELL MR LEE WHY THE TV IS ON!", "tell mister lee why the tee vee is on!"),
     ("Henry VIII ate 1/2 of it.", "henry the eighth ate one half of it."),
     ("A PhD? I.e. a doctor.", "a pee aitch dee? that is a doctor."),
 ]
-LEFT = ["Oh no. I forgot.", "I said no.", "She ate a fig. Good.", "We lay in the Sun. It was hot.", "So do I. Then we left.", "Hmm, PSST.", "I AM SO HAPPY", "I am SO happy.", "It works.", "well, i went home", "..."]
+LEFT = ["Oh no. I forgot.", "I said no.", "She ate a fig. Good.", "We lay in the Sun. It was hot.", "So do I. Then we left.", "Hmm, PSST.", "I AM SO HAPPY", "I am SO happy.", "I told you WHY.", "It works.", "well, i went home", "..."]
 
 
 @pytest.mark.parametrize("typed, said", READ)
@@ -52,6 +53,6 @@ def test_recordings_keep_their_letters_where_positions_count_them():
     from text_tokenizer import ByteTokenizer
     session = Session(CSM(model_preset("test")).eval(), None, ByteTokenizer())
     codes = torch.zeros(8, 4, dtype=torch.long)
-    session.set_voice(0, codes=codes, text="mr lee.", consumed=[2, 4, 6, 7])
-    assert session.voices[0].text == normalise("mr lee.") and session.voices[0].readings[-1] == session.voices[0].readings[0] + 7
+    session.set_voice(0, codes=codes, text="Mr. Lee.", consumed=[2, 4, 6, 8])
+    assert session.voices[0].text == normalise("Mr. Lee.") == "mr. lee." and session.voices[0].readings[-1] == session.voices[0].readings[0] + 8
     assert session._given(0, "Mr. Lee.", None, None).text == "mister lee." and session.planned(0, "At 5 km.")[0].text == "at five kilometers."

@@ -22,7 +22,7 @@ def test_what_was_said_is_taken_up(said, taken):
     assert mirror(said) == taken
 
 
-@pytest.mark.parametrize("said", ["", "Yes.", "Okay, bye!", "Thank you so much, that was lovely.", "Who are you?", "Everyone?", "12", "???", "Hm."])
+@pytest.mark.parametrize("said", ["", "Yes.", "Okay, bye!", "Thank you so much, that was lovely.", "Who are you?", "Everyone?", "12", "???", "Hm.", "\U0001F642", "\x00\x01", "A" * 5000])
 def test_where_there_is_nothing_to_take_up(said):
     assert mirror(said) is None
 
