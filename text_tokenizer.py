@@ -123,7 +123,7 @@ def normalise(text: str) -> str:
 
 
 def read_aloud(text: str) -> str:
-    """The model's text of what somebody typed: `normalise`, with titles, units, dates and abbreviations in words first. Training texts hold none of these."""
+    """The model's text of what somebody typed: `normalise`, with titles, units, dates and abbreviations in words first. Training texts go through `normalise` alone."""
     return normalise(written_out(text))
 
 
